@@ -1,0 +1,18 @@
+"""Bytes to CRC-32C (Castagnoli; RFC 3720, appendix B.4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crc32c import crc32c as _crc32c
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
+
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """Return the CRC-32C of the bytes behind `value` with `data` appended.
+
+    The GIL is released on buffers of 32 KiB and more.
+    """
+    return int(_crc32c(data, value))

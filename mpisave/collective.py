@@ -1,0 +1,261 @@
+"""All ranks go on, or none does: private communicator and agreement.
+
+A step runs an action on every rank and then exchanges what came of it. When it failed
+anywhere, it raises everywhere, with the ranks and hosts on which it failed: nobody goes
+on to wait for a rank that has given up. Actions must not communicate.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from mpisave.errors import CollectiveError, Failure, LaunchError, collective_class
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Comm(Protocol):
+    """What mpisave needs of a communicator for its small messages."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def allgather(self, sendobj: Any) -> list[Any]: ...
+
+    def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None: ...
+
+    def scatter(self, sendobj: Sequence[Any] | None, root: int = 0) -> Any: ...
+
+
+class SoloComm:
+    """The communicator of a process without MPI: rank 0 of 1."""
+
+    rank = 0
+    size = 1
+
+    def allgather(self, sendobj: T) -> list[T]:
+        """Return the one value there is."""
+        return [sendobj]
+
+    def gather(self, sendobj: T, root: int = 0) -> list[T]:  # noqa: ARG002
+        """Return the one value there is."""
+        return [sendobj]
+
+    def scatter(self, sendobj: Sequence[T] | None, root: int = 0) -> T:  # noqa: ARG002
+        """Return the one value there is."""
+        if sendobj is None:
+            raise TypeError("a single process scatters to itself")
+        return sendobj[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[T]):
+    """What came of an action on one rank: a result, or an error as text.
+
+    Exceptions travel as text since they may not pickle.
+    """
+
+    result: T | None = None
+    error: type[CollectiveError] | None = None
+    failure: Failure | None = None
+
+
+def _run(comm: Comm, action: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:
+    try:
+        return _Outcome(action()), None
+    except Exception as exc:  # noqa: BLE001 - whatever it is, all must hear of it
+        failure = Failure(comm.rank, socket.gethostname(), type(exc).__name__, str(exc))
+        return _Outcome(error=collective_class(exc), failure=failure), exc
+
+
+def _failed(step: str, size: int, outcomes: Sequence[_Outcome[Any]]) -> CollectiveError:
+    """Return the one error that stands for all failures of a step."""
+    failed = [o for o in outcomes if o.failure]
+    failures = {o.failure.rank: o.failure for o in failed if o.failure}
+    texts = {f.message for f in failures.values()}
+    # Errors of different kinds in one step: the kind that promises least.
+    kinds = {o.error for o in failed if o.error}
+    kind = kinds.pop() if len(kinds) == 1 else CollectiveError
+    first = next(iter(failures.values()))
+    if size == 1:
+        message = f"{step}: {first.message}"
+    elif len(texts) == 1 and len(failures) == size:
+        message = f"{step} failed alike on all {size} ranks: {first.message}"
+    else:
+        lines = "".join(f"\n  {f}" for f in failures.values())
+        message = f"{step} failed on {len(failures)} rank(s):{lines}"
+    return kind(message, step=step, failures=failures)
+
+
+def exchange(comm: Comm, step: str, action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank and return all results, in rank order. Collective.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank, if `action` raised on any; of the subclass that was raised.
+    """
+    outcome, exc = _run(comm, action)
+    outcomes = comm.allgather(outcome)
+    if any(o.failure for o in outcomes):
+        raise _failed(step, comm.size, outcomes) from exc
+    return [o.result for o in outcomes]
+
+
+def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; return its result here. Collective.
+
+    As `exchange`, but results stay where they are.
+    """
+    outcome, exc = _run(comm, action)
+    # A result may be large, or may not pickle: only the outcome travels.
+    bare: _Outcome[Any] = _Outcome(error=outcome.error, failure=outcome.failure)
+    outcomes = comm.allgather(bare if exc else None)
+    if any(outcomes):
+        raise _failed(step, comm.size, [o for o in outcomes if o]) from exc
+    return outcome.result  # type: ignore[return-value]
+
+
+def through_coordinator(
+    comm: Comm,
+    step: str,
+    action: Callable[[], T],
+    combine: Callable[[list[T]], Sequence[U]],
+    *,
+    root: int,
+) -> U:
+    """Run `action` on every rank, `combine` on one, and hand each its part. Collective.
+
+    Parameters
+    ----------
+    comm : Comm
+        Two collectives: one gather, one scatter.
+    step : str
+        What the error says has failed.
+    action : callable
+        What each rank contributes.
+    combine : callable
+        Called on `root` with the contributions in rank order; returns one part a rank.
+    root : int
+        The coordinator.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank, if `action` raised on any, or `combine` on the coordinator.
+    """
+    outcome, exc = _run(comm, action)
+    outcomes = comm.gather(outcome, root=root)
+    parts: list[_Outcome[Any]] | None = None
+    failures: Sequence[_Outcome[Any]] = ()
+    if outcomes is not None:
+        failures = [o for o in outcomes if o.failure]
+        if not failures:
+            merged, exc = _run(
+                comm, lambda: combine([o.result for o in outcomes])  # type: ignore[misc]
+            )
+            failures = [merged] if merged.failure else ()
+            if merged.result is not None:
+                parts = [_Outcome(result=(part, ())) for part in merged.result]
+        if failures:
+            parts = [_Outcome(result=(None, failures))] * comm.size
+    part, failures = comm.scatter(parts, root=root).result
+    if failures:
+        raise _failed(step, comm.size, failures) from exc
+    return part  # type: ignore[no-any-return]
+
+
+@contextmanager
+def private_comm(comm: Any) -> Iterator[Comm]:
+    """Give a duplicate of `comm` that only mpisave uses. Collective at first use.
+
+    The duplicate is kept with the caller's communicator and freed with it, so that
+    saving often does not use up context ids.
+    """
+    if isinstance(comm, SoloComm):
+        yield comm
+        return
+    keyval = _keyval()
+    own = comm.Get_attr(keyval)
+    if own is None:
+        own = comm.Dup()
+        comm.Set_attr(keyval, own)
+    yield own
+
+
+_KEYVAL: list[int] = []
+
+
+def _keyval() -> int:
+    """Return the key of the attribute under which duplicates are kept."""
+    if not _KEYVAL:
+        from mpi4py import MPI
+
+        def free(_comm: object, _keyval: int, own: MPI.Intracomm) -> None:
+            own.Free()
+
+        _KEYVAL.append(MPI.Comm.Create_keyval(delete_fn=free))
+    return _KEYVAL[0]
+
+
+# Set by the launchers of Open MPI, of MPICH and Slurm's PMI, of MVAPICH.
+_WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched_tasks(environ: Mapping[str, str]) -> tuple[int, str]:
+    """Return how many processes a launcher started beside this one, and who says so.
+
+    An ``srun`` task has SLURM_PROCID and SLURM_NTASKS. So has the shell of a batch
+    script, in which a single process is no mistake: it has no SLURM_STEP_ID.
+    """
+    for name in _WORLD_SIZE:
+        if environ.get(name, "").isdigit():
+            return int(environ[name]), name
+    in_step = "SLURM_STEP_ID" in environ or (
+        "SLURM_PROCID" in environ and environ.get("ENVIRONMENT") != "BATCH"
+    )
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        if in_step and environ.get(name, "").isdigit():
+            return int(environ[name]), name
+    return 1, ""
+
+
+def is_under_mpi(environ: Mapping[str, str]) -> bool:
+    """Return whether this process is one of an MPI job, without starting MPI."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None:
+        return bool(mpi.Is_initialized()) and not mpi.Is_finalized()
+    return launched_tasks(environ)[0] > 1
+
+
+def check_launch(world_size: int, environ: Mapping[str, str]) -> None:
+    """Refuse to save from processes that should be ranks of one job and are not.
+
+    Raises
+    ------
+    LaunchError
+        If a launcher started several processes, and MPI says that this one is alone:
+        each would write over the files of the others.
+    """
+    tasks, source = launched_tasks(environ)
+    if world_size == 1 and tasks > 1:
+        raise LaunchError(
+            f"the launcher started {tasks} processes ({source}={tasks}), but MPI says "
+            f"that this one is alone (size 1): {tasks} processes would write over one "
+            f"another. Under Slurm, give srun the --mpi that fits the MPI library: "
+            f"--mpi=pmi2 for MPICH, --mpi=pmix for Open MPI ('srun --mpi=list' shows "
+            f"what there is); with mpirun, take the one that belongs to mpi4py's MPI "
+            f"library; without mpi4py, install it. If each process is meant to save "
+            f"alone, pass comm=MPI.COMM_SELF."
+        )

@@ -1,0 +1,103 @@
+"""Everything that mpisave raises.
+
+::
+
+    MpisaveError
+    ├── CollectiveError (RuntimeError)      raised alike on every rank of the communicator
+    │   ├── ArgumentError (ValueError)      the caller's: an argument of the call
+    │   │   └── UnknownArgumentError (TypeError)
+    │   ├── StateDictError (ValueError)     the caller's: what the state dict holds
+    │   ├── LaunchError                     the launcher's: ranks that do not know each other
+    │   └── StorageError (OSError)          the file system's
+    └── FileFormatError (ValueError)        the file's: torn, altered, foreign or refused
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+# Where something stands in a nested state: dict keys and list indices, from the top.
+Key: TypeAlias = "tuple[str | int, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong on one rank."""
+
+    rank: int
+    host: str
+    kind: str  # name of the exception's type
+    message: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}): {self.kind}: {self.message}"
+
+
+class MpisaveError(Exception):
+    """Base of all errors of mpisave."""
+
+
+class CollectiveError(MpisaveError, RuntimeError):
+    """A step failed on some rank, and is raised alike on every rank.
+
+    Attributes
+    ----------
+    step : str
+        The step of the call that failed; empty before the first step.
+    failures : dict of int to Failure
+        The ranks on which it failed, relative to the communicator of the call.
+    """
+
+    def __init__(
+        self, message: str, *, step: str = "", failures: dict[int, Failure] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.step = step
+        self.failures = dict(failures or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"step": self.step, "failures": self.failures}
+        return type(self), (str(self),), state
+
+
+class ArgumentError(CollectiveError, ValueError):
+    """An argument is not legal, or ranks disagree on it: the caller's fault."""
+
+
+class UnknownArgumentError(ArgumentError, TypeError):
+    """There is no argument of that name: the caller's fault."""
+
+
+class StateDictError(CollectiveError, ValueError):
+    """A state dict cannot be saved, or ranks hold states that do not fit together."""
+
+
+class LaunchError(CollectiveError):
+    """The launcher started several processes, but MPI knows of one: the job's fault."""
+
+
+class StorageError(CollectiveError, OSError):
+    """The file system refused: full, read-only, missing, not permitted."""
+
+
+class FileFormatError(MpisaveError, ValueError):
+    """The file is no whole file that mpisave can read: torn, altered or foreign.
+
+    Also raised where a file asks for more than arrays, containers and scalars: mpisave
+    executes nothing that a file names.
+    """
+
+
+def collective_class(exc: BaseException) -> type[CollectiveError]:
+    """Return the class under which `exc` of one rank is raised on every rank."""
+    if isinstance(exc, CollectiveError):
+        return type(exc)
+    return StorageError if isinstance(exc, OSError) else CollectiveError
+
+
+def show_key(key: Key) -> str:
+    """Return `key` as a person would write it: ``['state'][0]['exp_avg']``."""
+    if len(key) == 1:
+        return repr(key[0])
+    return "".join(f"[{part!r}]" for part in key) or "the state itself"

@@ -1,0 +1,1 @@
+"""Formats: a layout function and an index reader each."""

@@ -1,0 +1,97 @@
+"""What a format is: it lays a file out without seeing payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mpisave.checksum import crc32c
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from mpisave.metadata import Described, Merged
+    from mpisave.plan import Extent
+
+# Payload begins on a multiple of this many bytes: the longest vector load (AVX-512).
+ALIGNMENT = 64
+
+# Pieces of skeleton that are closer together than this are written as one.
+_JOIN_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file without its payload."""
+
+    # The bytes outside of the extents: offset and bytes, ascending, apart.
+    skeleton: tuple[tuple[int, bytes], ...]
+    extents: tuple[Extent, ...]  # one an entry, in the order of the entries
+    nbytes: int  # of skeleton and payload: where the index begins
+
+    @property
+    def skeleton_crc32c(self) -> int:
+        """CRC-32C of the skeleton's bytes, one after another."""
+        value = 0
+        for _, data in self.skeleton:
+            value = crc32c(data, value)
+        return value
+
+    def runs(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the skeleton in few large runs, small extents between filled by zeros.
+
+        To be written before any payload.
+        """
+        start, run = 0, bytearray()
+        for offset, data in self.skeleton:
+            gap = offset - start - len(run)
+            if run and gap > _JOIN_NBYTES:
+                yield start, bytes(run)
+                run.clear()
+            if not run:
+                start, gap = offset, 0
+            run += bytes(gap) + data
+        if run:
+            yield start, bytes(run)
+
+
+def gaps(extents: Sequence[Extent], nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield offset and stop of what lies outside of `extents`, up to `nbytes`."""
+    offset = 0
+    for extent in sorted(extents, key=lambda e: (e.offset, e.nbytes)):
+        if extent.offset > offset:
+            yield offset, extent.offset
+        offset = max(offset, extent.stop)
+    if nbytes > offset:
+        yield offset, nbytes
+
+
+class Format(Protocol):
+    """What a format offers. Pure: no payload, no files."""
+
+    @property
+    def name(self) -> str:
+        """What the index calls it."""
+        ...
+
+    def check(self, described: Iterable[Described]) -> None:
+        """Refuse what the format cannot hold.
+
+        Raises
+        ------
+        StateDictError
+            By key and type.
+        """
+        ...
+
+    def layout(self, merged: Merged, facts: Mapping[str, str]) -> Layout:
+        """Return skeleton and extents of `merged`.
+
+        Parameters
+        ----------
+        merged : Merged
+            What the file is to hold.
+        facts : mapping of str to str
+            What else the file says of itself: version, state type.
+        """
+        ...

@@ -1,0 +1,239 @@
+"""The index: a file's own table of what it holds, where, and with which checksums.
+
+It ends every file of ours, behind all that readers of the format look at::
+
+    skeleton and payload | JSON | trailer, 32 bytes
+
+    trailer: offset of the JSON   u64, little-endian, as all that follows
+             bytes of the JSON    u64
+             version              u32
+             CRC-32C              u32  of the JSON and the 20 bytes before this one
+             magic                8 bytes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
+from mpisave.checksum import crc32c
+from mpisave.errors import FileFormatError, Key, show_key
+from mpisave.formats.objects import from_json, to_json
+from mpisave.plan import Extent
+from mpisave.tree import Node, rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mpisave.formats.base import Layout
+    from mpisave.metadata import Merged
+
+VERSION = 1
+MAGIC = b"\x89mpisave"
+_FIELDS = struct.Struct("<QQI")
+TRAILER_NBYTES = _FIELDS.size + 4 + len(MAGIC)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An array in a file."""
+
+    key: Key
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    extent: Extent
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """An object that only `pickle.load` can give back."""
+
+    type_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a file holds."""
+
+    container: str  # "pickle" or "hdf5"
+    facts: Mapping[str, str]  # version of mpisave, state type
+    nbytes: int  # of skeleton and payload
+    skeleton_crc32c: int
+    nodes: tuple[Node, ...]  # a leaf is a Stored array, Opaque, or a small object
+
+    def state(self, load: Callable[[Stored], Any]) -> Any:
+        """Return the nested state, with what `load` gives for each array.
+
+        Raises
+        ------
+        FileFormatError
+            If it holds an object that only `pickle.load` can give back.
+        """
+        nodes = []
+        for node in self.nodes:
+            value = node.value
+            if isinstance(value, Opaque):
+                raise FileFormatError(
+                    f"{show_key(node.key)} is an object of type {value.type_name}: "
+                    f"mpisave does not run code to load a file. If you trust the file, "
+                    f"pickle.load reads it."
+                )
+            if isinstance(value, Stored):
+                value = load(value)
+            nodes.append(Node(node.key, node.kind, value))
+        return rebuild(nodes)
+
+
+def encode(
+    merged: Merged,
+    layout: Layout,
+    checksums: Sequence[int],
+    *,
+    container: str,
+    facts: Mapping[str, str],
+) -> bytes:
+    """Return the index, trailer included, to be put at ``layout.nbytes``.
+
+    Parameters
+    ----------
+    merged, layout : Merged, Layout
+        What the file holds, and where.
+    checksums : sequence of int, one an entry
+        CRC-32C of each array's bytes.
+    container : str
+        Name of the format.
+    facts : mapping of str to str
+        What else the file says of itself.
+    """
+    arrays = iter(zip(layout.extents, checksums, strict=True))
+    nodes: list[list[Any]] = []
+    for node in merged.nodes:
+        if node.kind == "array":
+            extent, checksum = next(arrays)
+            entry = node.detail
+            where = [extent.offset, extent.nbytes, checksum]
+            array = [dtype_name(entry.dtype), list(entry.shape), *where]
+            nodes.append([node.key, "array", *array])
+        elif node.kind == "object":
+            # Made by a rank of this job, see metadata.describe.
+            value = pickle.loads(node.detail)  # noqa: S301
+            if isinstance(value, (np.str_, np.bytes_)):
+                value = value.item()
+            try:
+                nodes.append([node.key, "object", to_json(value)])
+            except TypeError:
+                nodes.append([node.key, "opaque", node.type_name])
+        else:
+            nodes.append([node.key, node.kind, node.detail])
+    content = {
+        "mpisave": VERSION,
+        "container": container,
+        "facts": dict(facts),
+        "skeleton_crc32c": layout.skeleton_crc32c,
+        "nodes": nodes,
+    }
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    fields = _FIELDS.pack(layout.nbytes, len(text), VERSION)
+    checksum = crc32c(fields, crc32c(text))
+    return text + fields + struct.pack("<I", checksum) + MAGIC
+
+
+def find(trailer: bytes, file_nbytes: int) -> tuple[int, int] | None:
+    """Return offset and length of the index by the last bytes of a file, or None.
+
+    Parameters
+    ----------
+    trailer : bytes
+        The last `TRAILER_NBYTES` bytes, or fewer if there are not as many.
+    file_nbytes : int
+        Bytes of the whole file.
+
+    Raises
+    ------
+    FileFormatError
+        If they are a trailer, but not that of a whole file of this version.
+    """
+    if len(trailer) < TRAILER_NBYTES or not trailer.endswith(MAGIC):
+        return None
+    offset, nbytes, version = _FIELDS.unpack_from(trailer)
+    if version != VERSION:
+        raise FileFormatError(
+            f"the index has version {version}, this mpisave reads version {VERSION}: "
+            f"the file is altered, or a newer mpisave wrote it"
+        )
+    if offset + nbytes + TRAILER_NBYTES != file_nbytes:
+        raise FileFormatError(
+            f"the index ends at byte {offset + nbytes + TRAILER_NBYTES}, the file at "
+            f"byte {file_nbytes}: bytes were lost or added"
+        )
+    return offset, nbytes
+
+
+def decode(tail: bytes, container: str) -> Index:
+    """Return the index of the bytes from its offset to the end of the file.
+
+    Raises
+    ------
+    FileFormatError
+        If a bit of it was altered, or it does not fit the file.
+    """
+    text, trailer = tail[:-TRAILER_NBYTES], tail[-TRAILER_NBYTES:]
+    nbytes, _, _ = _FIELDS.unpack_from(trailer)
+    (expected,) = struct.unpack_from("<I", trailer, _FIELDS.size)
+    found = crc32c(trailer[: _FIELDS.size], crc32c(text))
+    if found != expected:
+        raise FileFormatError(
+            f"the index is altered: its CRC-32C is {found:#010x}, not {expected:#010x}"
+        )
+    try:
+        content = json.loads(text)
+        index = Index(
+            content["container"],
+            content["facts"],
+            nbytes,
+            content["skeleton_crc32c"],
+            tuple(_node(*node) for node in content["nodes"]),
+        )
+        _check(index, container)
+    except (KeyError, TypeError, IndexError, ValueError, RecursionError) as exc:
+        raise FileFormatError(f"the index makes no sense: {exc}") from exc
+    return index
+
+
+def _node(key: list[str | int], kind: str, *detail: Any) -> Node:
+    where = tuple(key)
+    if kind == "array":
+        name, shape, offset, nbytes, checksum = detail
+        extent = Extent(offset, nbytes)
+        stored = Stored(where, dtype_from_name(name), tuple(shape), extent, checksum)
+        itemsize = stored_dtype(stored.dtype).itemsize
+        if min(shape, default=0) < 0 or math.prod(shape) * itemsize != nbytes:
+            raise ValueError(f"{show_key(where)} of shape {shape} has {nbytes} bytes")
+        return Node(where, "leaf", stored)
+    if kind == "object":
+        return Node(where, "leaf", from_json(detail[0]))
+    if kind == "opaque":
+        return Node(where, "leaf", Opaque(str(detail[0])))
+    if kind not in ("dict", "list", "tuple"):
+        raise ValueError(f"{show_key(where)} is of the unknown kind {kind!r}")
+    return Node(where, kind, detail[0])  # type: ignore[arg-type]
+
+
+def _check(index: Index, container: str) -> None:
+    """Refuse an index that does not fit its file, before anything is allocated."""
+    if index.container != container:
+        raise ValueError(f"it is that of a {index.container} file, in a {container}")
+    extents = [n.value.extent for n in index.nodes if isinstance(n.value, Stored)]
+    stop = 0
+    for extent in sorted(extents, key=lambda e: (e.offset, e.nbytes)):
+        if extent.offset < stop or extent.stop > index.nbytes:
+            raise ValueError(f"{extent} overlaps another, or what follows payload")
+        stop = extent.stop

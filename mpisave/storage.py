@@ -1,0 +1,284 @@
+"""The border to the file system: stage, write at offsets, publish by rename.
+
+What was at the final name stays there, whole, until the new file is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from mpisave.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STAGING_SUFFIX = ".mpisave-staging"
+
+# What stands for a file that cannot be preallocated: the file system does not know how.
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class Target(Protocol):
+    """Where a file is written: at offsets from its start, by one rank at a time."""
+
+    @property
+    def name(self) -> str:
+        """What reports and errors call it."""
+        ...
+
+    def allocate(self, nbytes: int) -> None:
+        """Make room, so that a full disk shows before a byte moves."""
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes at an offset."""
+        ...
+
+    def sync(self) -> None:
+        """Return once what was written is durable."""
+        ...
+
+    def publish(self) -> None:
+        """Make the file visible under its name, durably."""
+        ...
+
+    def discard(self) -> None:
+        """Undo what can be undone: nothing was published."""
+        ...
+
+
+@contextlib.contextmanager
+def _naming(what: str, path: str | Path) -> Iterator[None]:
+    """Say in an OSError what was tried, and with which path."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as exc:
+        # The text has the number, since an exception crosses ranks as text.
+        error = StorageError(f"cannot {what} {os.fspath(path)}: {exc}")
+        error.errno = exc.errno
+        raise error from exc
+
+
+class StagedFile:
+    """A file that is written beside its final name and then renamed to it.
+
+    Parameters
+    ----------
+    path : str
+        The final name. A symbolic link stays one: what it points to is replaced.
+
+    Raises
+    ------
+    StorageError
+        If the directory does not exist or cannot be written, or `path` is no file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._final = Path(os.path.realpath(path))
+        self._staging = self._final.with_name(
+            f".{self._final.name[:128]}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
+        )
+        self._published = False
+        if self._final.is_dir():
+            raise StorageError(f"cannot save to {path}: it is a directory")
+        if not self._final.parent.is_dir():
+            raise StorageError(
+                f"cannot save to {path}: there is no directory "
+                f"{self._final.parent}. Create it before saving."
+            )
+        with _naming("create the staging file for", path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self._staging, flags, 0o666)
+
+    @property
+    def staging_name(self) -> str:
+        """Name of the staging file: another rank that finds it sees the directory."""
+        return self._staging.name
+
+    def allocate(self, nbytes: int) -> None:
+        """Reserve `nbytes` on the disk.
+
+        Raises
+        ------
+        StorageError
+            If there is no room for them.
+        """
+        with _naming(f"reserve {nbytes} bytes for", self.name):
+            if nbytes == 0:
+                return
+            try:
+                os.posix_fallocate(self._fd, 0, nbytes)
+            except OSError as exc:
+                if exc.errno not in _NOT_SUPPORTED:
+                    raise
+                os.ftruncate(self._fd, nbytes)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`.
+
+        Raises
+        ------
+        StorageError
+            If the file system refuses.
+        """
+        # Linux moves at most 0x7ffff000 bytes in a call, and may move fewer.
+        while data.nbytes:
+            try:
+                done = os.pwrite(self._fd, data, offset)
+            except OSError as exc:
+                error = StorageError(
+                    f"cannot write {data.nbytes} bytes at offset {offset} of "
+                    f"{self.name}: {exc}"
+                )
+                error.errno = exc.errno
+                raise error from exc
+            data = data[done:]
+            offset += done
+
+    def sync(self) -> None:
+        """Flush to the disk. After a failure the file is lost: never tried again."""
+        with _naming("flush", self.name):
+            os.fsync(self._fd)
+
+    def publish(self) -> None:
+        """Rename to the final name, and make the rename durable."""
+        with _naming("publish", self.name):
+            self._close()
+            self._staging.replace(self._final)
+            self._published = True
+            directory = os.open(self._final.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+    def discard(self) -> None:
+        """Remove the staging file, if it was not published."""
+        with contextlib.suppress(OSError):
+            self._close()
+        if not self._published:
+            with contextlib.suppress(OSError):
+                self._staging.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            descriptor, self._fd = self._fd, -1
+            os.close(descriptor)
+
+
+class FileObject:
+    """A seekable binary file object of the caller's, written from where it stands.
+
+    There is no name to publish: when a save fails, the object is cut back to where it
+    was, and what lay behind that place is lost.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.name = f"<{type(file).__name__}>"
+        self._file = file
+        self._start = file.tell()
+        self._stop = self._start
+
+    def allocate(self, nbytes: int) -> None:
+        """Do nothing: a file object cannot reserve."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset` from where the object stood."""
+        with _naming("write to", self.name):
+            self._file.seek(self._start + offset)
+            while data.nbytes:
+                data = data[self._file.write(data) :]
+            self._stop = max(self._stop, self._file.tell())
+
+    def sync(self) -> None:
+        """Flush, and stand at the end of what was written."""
+        with _naming("flush", self.name):
+            self._file.seek(self._stop)
+            self._file.truncate()
+            self._file.flush()
+
+    def publish(self) -> None:
+        """Do nothing: what was written is there already."""
+
+    def discard(self) -> None:
+        """Cut the object back to where it stood."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.seek(self._start)
+            self._file.truncate()
+
+
+def is_file_object(path: object) -> bool:
+    """Return whether `path` is something to write to, rather than a name."""
+    return hasattr(path, "write") and hasattr(path, "seek") and hasattr(path, "tell")
+
+
+def sees_staging_file(path: str, staging_name: str) -> bool:
+    """Return whether this rank finds another rank's staging file beside `path`.
+
+    The name was never looked up here, so no attribute cache can answer for the server.
+    """
+    return Path(os.path.realpath(path)).with_name(staging_name).exists()
+
+
+class Source:
+    """A file, or file object, that is read at offsets.
+
+    Parameters
+    ----------
+    file : path, or seekable binary file object
+        A file object is read from its start.
+    """
+
+    def __init__(self, file: str | os.PathLike[str] | BinaryIO) -> None:
+        self._owned = not hasattr(file, "read")
+        if hasattr(file, "read"):
+            self.name = f"<{type(file).__name__}>"
+            self._file: BinaryIO = file
+        else:
+            self.name = os.fspath(file)
+            self._file = Path(file).open("rb", buffering=0)  # noqa: SIM115
+        self.nbytes = self._file.seek(0, os.SEEK_END)
+
+    def read_into(self, offset: int, out: memoryview) -> int:
+        """Fill `out` from `offset`; return how many bytes there were."""
+        self._file.seek(offset)
+        done = 0
+        while done < out.nbytes:
+            # A raw file gives what it has, at most 0x7ffff000 bytes; others all.
+            part = self._read_some(out[done:])
+            if not part:
+                break
+            done += part
+        return done
+
+    def _read_some(self, out: memoryview) -> int:
+        readinto = getattr(self._file, "readinto", None)
+        if readinto is not None:
+            return int(readinto(out) or 0)
+        data = self._file.read(out.nbytes)
+        out[: len(data)] = data
+        return len(data)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Return up to `nbytes` from `offset`: fewer at the end of the file."""
+        out = bytearray(max(0, min(nbytes, self.nbytes - offset)))
+        return bytes(memoryview(out)[: self.read_into(offset, memoryview(out))])
+
+    def close(self) -> None:
+        """Close the file, unless it is the caller's object."""
+        if self._owned:
+            self._file.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

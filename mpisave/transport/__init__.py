@@ -1,0 +1,1 @@
+"""Transports: how payload comes to the ranks that write."""
