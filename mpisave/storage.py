@@ -31,6 +31,11 @@ class Target(Protocol):
         """What reports and errors call it."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, once all was written."""
+        ...
+
     def allocate(self, nbytes: int) -> None:
         """Make room, so that a full disk shows before a byte moves."""
         ...
@@ -87,6 +92,7 @@ class StagedFile:
             f".{self._final.name[:128]}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
         )
         self._published = False
+        self.nbytes = 0
         if self._final.is_dir():
             raise StorageError(f"cannot save to {path}: it is a directory")
         if not self._final.parent.is_dir():
@@ -142,6 +148,7 @@ class StagedFile:
                 raise error from exc
             data = data[done:]
             offset += done
+            self.nbytes = max(self.nbytes, offset)
 
     def sync(self) -> None:
         """Flush to the disk. After a failure the file is lost: never tried again."""
@@ -186,6 +193,11 @@ class FileObject:
         self._file = file
         self._start = file.tell()
         self._stop = self._start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from where the object stood to the end of what was written."""
+        return self._stop - self._start
 
     def allocate(self, nbytes: int) -> None:
         """Do nothing: a file object cannot reserve."""

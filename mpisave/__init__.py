@@ -1,0 +1,35 @@
+"""Save what many MPI ranks hold into one file that anybody can open."""
+
+from __future__ import annotations
+
+from mpisave.errors import (
+    ArgumentError,
+    CollectiveError,
+    FileFormatError,
+    LaunchError,
+    MpisaveError,
+    StateDictError,
+    StorageError,
+    UnknownArgumentError,
+)
+from mpisave.loading import load
+from mpisave.saving import SaveReport, save
+from mpisave.state_types import StateType, register_state_type
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "CollectiveError",
+    "FileFormatError",
+    "LaunchError",
+    "MpisaveError",
+    "SaveReport",
+    "StateDictError",
+    "StateType",
+    "StorageError",
+    "UnknownArgumentError",
+    "load",
+    "register_state_type",
+    "save",
+]
