@@ -1,0 +1,61 @@
+"""What several test files need."""
+
+import contextlib
+import os
+
+import numpy as np
+
+
+def assert_on_all_ranks(comm, condition, what=""):
+    """Fail on every rank if `condition` is false on any."""
+    bad = [rank for rank, ok in enumerate(comm.allgather(bool(condition))) if not ok]
+    assert not bad, f"{what} does not hold on rank {bad}"
+
+
+def assert_equal_states(found, expected, path="state"):
+    """Fail unless values, types, dtypes, shapes and the order of keys are the same."""
+    assert type(found) is type(expected), (path, type(found), type(expected))
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), path
+        for key in expected:
+            assert_equal_states(found[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), path
+        for number, item in enumerate(expected):
+            assert_equal_states(found[number], item, f"{path}[{number}]")
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype, (path, found.dtype, expected.dtype)
+        assert found.dtype.byteorder == expected.dtype.byteorder, path
+        assert found.shape == expected.shape, (path, found.shape, expected.shape)
+        assert found.tobytes() == expected.tobytes(), path
+    else:
+        assert found == expected or (found != found and expected != expected), path
+
+
+def files_in(folder):
+    return sorted(os.listdir(folder))
+
+
+def equal_on_rank(comm, rank, check):
+    """Run `check` on one rank; fail on all if it fails there."""
+    error = None
+    if comm.rank == rank:
+        try:
+            check()
+        except AssertionError as exc:
+            error = f"{exc}"
+    error = comm.bcast(error, root=rank)
+    assert error is None, error
+
+
+@contextlib.contextmanager
+def failing_on(comm, rank, monkeypatch, target, name, exc):
+    """Have `target.name` raise on one rank."""
+
+    def fail(*args, **kwargs):
+        raise exc
+
+    with monkeypatch.context() as patch:
+        if comm.rank == rank:
+            patch.setattr(target, name, fail)
+        yield
