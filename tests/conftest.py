@@ -80,7 +80,7 @@ def pytest_cmdline_main(config):
     codes = {}
     for size in sizes:
         arguments = [*config.invocation_params.args, "--with-mpi"]
-        arguments += ["-p", "no:cacheprovider", "-p", "no:randomly"]
+        arguments += ["-p", "no:cacheprovider"]
         run = [*mpirun(), "-n", str(size), sys.executable, "-m", "pytest", *arguments]
         print(f"=== {size} rank(s): {shlex.join(run)}", flush=True)
         codes[size] = subprocess.run(

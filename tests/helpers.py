@@ -42,8 +42,8 @@ def equal_on_rank(comm, rank, check):
     if comm.rank == rank:
         try:
             check()
-        except AssertionError as exc:
-            error = f"{exc}"
+        except Exception as exc:
+            error = f"{type(exc).__name__}: {exc}"
     error = comm.bcast(error, root=rank)
     assert error is None, error
 
