@@ -7,7 +7,7 @@ import operator
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from mpisave.errors import ArgumentError, UnknownArgumentError
 from mpisave.state_types import handler_of
@@ -121,15 +121,12 @@ def parse_gather_to(gather_to: object, size: int) -> tuple[int, ...] | None:
         raise ArgumentError("gather_to is empty: give a rank, or None to not gather")
     roots = []
     for rank in many:
-        try:
-            if isinstance(rank, bool):
-                raise TypeError
-            roots.append(operator.index(rank))
-        except TypeError:
+        if isinstance(rank, bool) or not isinstance(rank, SupportsIndex):
             raise ArgumentError(
                 f"gather_to is {gather_to!r}: it is a rank, or a list of ranks, or "
                 f"None; {rank!r} is of type {type(rank).__name__}"
-            ) from None
+            )
+        roots.append(operator.index(rank))
         if not 0 <= roots[-1] < size:
             raise ArgumentError(
                 f"gather_to is {gather_to!r}: the communicator has {size} rank(s), "
@@ -194,7 +191,7 @@ def check_alike(every: Sequence[Arguments]) -> None:
 
 
 def _check_same(name: str, values: Sequence[object], ranks: Sequence[int]) -> None:
-    for rank, value in zip(ranks, values, strict=True):
+    for value in values:
         if value != values[0]:
             alike = [r for r, v in zip(ranks, values, strict=True) if v == value]
             raise ArgumentError(
@@ -213,4 +210,4 @@ def _show(name: str, value: object) -> str:
 def _some(ranks: Sequence[int]) -> str:
     """Return up to three ranks as text."""
     text = ", ".join(map(str, ranks[:3]))
-    return f"{text} and {len(ranks) - 3} more" if len(ranks) > 3 else text  # noqa: PLR2004
+    return f"{text} and {len(ranks) - 3} more" if len(ranks) > 3 else text

@@ -153,8 +153,8 @@ def held_array(obj: object) -> HeldArray | None:
         if obj.__dlpack_device__()[0] == _DLPACK_CPU:
             return _on_host(np.from_dlpack(obj))
         raise TypeError(
-            f"{type(obj).__name__} lies on a device that mpisave cannot read by DLPack; "
-            f"it must serve __cuda_array_interface__"
+            f"{type(obj).__name__} lies on a device that cannot be read by DLPack: "
+            "it must serve __cuda_array_interface__"
         )
     try:
         buffer = memoryview(obj)  # type: ignore[arg-type]
@@ -231,8 +231,8 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
             f"dtype {name!r} needs ml_dtypes: pip install 'mpisave[bfloat16]'"
         ) from exc
     scalar = getattr(ml_dtypes, name, None)
-    if not isinstance(scalar, type) or not issubclass(scalar, np.generic):
-        raise ValueError(f"{name!r} is no dtype of ml_dtypes {ml_dtypes.__version__}")
+    if not (isinstance(scalar, type) and issubclass(scalar, np.generic)):
+        raise ValueError(  # noqa: TRY004 - the name is at fault
+            f"{name!r} is no dtype of ml_dtypes {ml_dtypes.__version__}"
+        )
     return np.dtype(scalar)
-
-

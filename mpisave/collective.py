@@ -26,16 +26,26 @@ class Comm(Protocol):
     """What mpisave needs of a communicator for its small messages."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many there are."""
+        ...
 
-    def allgather(self, sendobj: Any) -> list[Any]: ...
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """Return the objects of all ranks."""
+        ...
 
-    def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None: ...
+    def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None:
+        """Return the objects of all ranks, on the root."""
+        ...
 
-    def scatter(self, sendobj: Sequence[Any] | None, root: int = 0) -> Any: ...
+    def scatter(self, sendobj: Sequence[Any] | None, root: int = 0) -> Any:
+        """Return this rank's of the objects that the root has."""
+        ...
 
 
 class SoloComm:
@@ -157,23 +167,22 @@ def through_coordinator(
     """
     outcome, exc = _run(comm, action)
     outcomes = comm.gather(outcome, root=root)
-    parts: list[_Outcome[Any]] | None = None
-    failures: Sequence[_Outcome[Any]] = ()
+    answers: list[tuple[U | None, list[_Outcome[Any]]]] | None = None
     if outcomes is not None:
-        failures = [o for o in outcomes if o.failure]
-        if not failures:
+        failed = [o for o in outcomes if o.failure]
+        if not failed:
             merged, exc = _run(
-                comm, lambda: combine([o.result for o in outcomes])  # type: ignore[misc]
+                comm, lambda: list(combine([o.result for o in outcomes]))
             )
-            failures = [merged] if merged.failure else ()
-            if merged.result is not None:
-                parts = [_Outcome(result=(part, ())) for part in merged.result]
-        if failures:
-            parts = [_Outcome(result=(None, failures))] * comm.size
-    part, failures = comm.scatter(parts, root=root).result
-    if failures:
-        raise _failed(step, comm.size, failures) from exc
-    return part  # type: ignore[no-any-return]
+            failed = [merged] if merged.failure else []
+            answers = [(part, failed) for part in merged.result or ()]
+        if failed:
+            answers = [(None, failed)] * comm.size
+    part: U
+    part, failed = comm.scatter(answers, root=root)
+    if failed:
+        raise _failed(step, comm.size, failed) from exc
+    return part
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 ::
 
     MpisaveError
-    ├── CollectiveError (RuntimeError)      raised alike on every rank of the communicator
+    ├── CollectiveError (RuntimeError)      raised alike on every rank
     │   ├── ArgumentError (ValueError)      the caller's: an argument of the call
     │   │   └── UnknownArgumentError (TypeError)
     │   ├── StateDictError (ValueError)     the caller's: what the state dict holds
-    │   ├── LaunchError                     the launcher's: ranks that do not know each other
+    │   ├── LaunchError                     the launcher's: ranks that are alone
     │   └── StorageError (OSError)          the file system's
-    └── FileFormatError (ValueError)        the file's: torn, altered, foreign or refused
+    └── FileFormatError (ValueError)        the file's: torn, altered, foreign
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class CollectiveError(MpisaveError, RuntimeError):
     """
 
     def __init__(
-        self, message: str, *, step: str = "", failures: dict[int, Failure] | None = None
+        self,
+        message: str,
+        *,
+        step: str = "",
+        failures: dict[int, Failure] | None = None,
     ) -> None:
         super().__init__(message)
         self.step = step

@@ -60,8 +60,8 @@ def _load(source: Source, *, verify: bool) -> Any:
     is_hdf5 = head.startswith(_HDF5_SIGNATURE)
     if not is_hdf5 and not head.startswith(_PICKLE_PROTO):
         raise FileFormatError(
-            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle of "
-            f"protocol 2 or later"
+            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle "
+            f"of protocol 2 or later"
         )
     trailer = source.read(
         max(0, source.nbytes - index.TRAILER_NBYTES), index.TRAILER_NBYTES
@@ -88,7 +88,7 @@ def _load_by_index(source: Source, content: index.Index, *, verify: bool) -> Any
     def read(stored: index.Stored) -> np.ndarray[Any, Any]:
         array = np.empty(stored.shape, stored.dtype)
         data = array.reshape(-1).view(np.uint8)
-        done = source.read_into(stored.extent.offset, memoryview(data))
+        done = source.read_into(stored.extent.offset, data.data)
         if done < data.size:
             raise FileFormatError(
                 f"{show_key(stored.key)} is torn: {done} of {data.size} bytes are there"

@@ -8,13 +8,13 @@ import pickle
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
-
 from mpisave.arrays import HeldArray, dtype_from_name, dtype_name, held_array
 from mpisave.errors import Key, StateDictError, show_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import numpy as np
 
 Kind: TypeAlias = Literal["dict", "list", "tuple", "array", "object"]
 

@@ -1,9 +1,9 @@
 """Where bytes go: owners, streams and rounds. Pure arithmetic.
 
 For each root that writes, every other rank sends one *stream*: the bytes of the arrays
-that it owns, one after another, in the order of the file. A round takes the next bytes of
-every stream; how many follows from the lengths of the streams and the cap alone, so all
-ranks know every round without being told.
+that it owns, one after another, in the order of the entries. A round takes the next
+bytes of every stream; how many follows from the lengths of the streams and the cap
+alone, so all ranks know every round without being told.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 # Before MPI-4, Gatherv takes its counts and displacements as C ints, so no block may
 # begin past 2**31 - 1. Open MPI 4.1 then raises on the root alone, and the other ranks
@@ -66,7 +66,7 @@ def buffers(max_nbytes: int) -> Buffers:
     return Buffers(min(half, ROUND_NBYTES, MAX_COUNT), scratch)
 
 
-def owner(holders: Sequence[int], root: int) -> int:
+def owner(holders: Collection[int], root: int) -> int:
     """Return whose value is saved: the root's own, else the lowest holder's."""
     return root if root in holders else min(holders)
 

@@ -209,7 +209,7 @@ def save(
             raise
 
 
-def _communicator(comm: MPI.Intracomm | None) -> Any:
+def _communicator(comm: Any) -> Any:
     """Return the communicator to save over, or refuse ranks that are none."""
     if comm is None and not is_under_mpi(os.environ):
         return SoloComm()
@@ -244,7 +244,9 @@ class _Call:
         self.comm: Comm = SoloComm() if self.is_alone else own
         self.roots = (0,) if self.args.roots is None else self.args.roots
         on_all_ranks(own, "check arguments", lambda: self._check(every))
-        self.paths = [arguments.filled_path(r) for r, (arguments, _) in enumerate(every)]
+        self.paths = [
+            arguments.filled_path(r) for r, (arguments, _) in enumerate(every)
+        ]
         self.format: Format = (
             HDF5Format()
             if self.args.use_binary_format
@@ -275,13 +277,12 @@ class _Call:
             _check_apart([path for _, path in every])
         args = self.args
         is_first = self.own.rank == (self.roots[0] if not self.is_alone else 0)
-        if args.state_type and args.path and is_first:
-            if not args.path.endswith(args.state_type):
-                warnings.warn(
-                    f"the path {args.path!r} does not end in the state type "
-                    f"{args.state_type!r}",
-                    stacklevel=6,
-                )
+        suffix, path = args.state_type, args.path
+        if is_first and suffix and path and not path.endswith(suffix):
+            warnings.warn(
+                f"the path {path!r} does not end in the state type {suffix!r}",
+                stacklevel=6,
+            )
 
     def describe(self, state: object) -> tuple[list[Described], list[HeldArray]]:
         """Return what this rank holds, checked by state type and format."""
@@ -307,7 +308,8 @@ class _Call:
         self._warn_of_opaque(merged)
         size = len(descriptions)
         parts: list[_Part] = [
-            _Part([], [], merged if rank in self.roots else None) for rank in range(size)
+            _Part([], [], merged if rank in self.roots else None)
+            for rank in range(size)
         ]
         nbytes = [entry.nbytes for entry in merged.entries]
         ordinals = [dict(entry.holders) for entry in merged.entries]

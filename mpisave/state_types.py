@@ -50,8 +50,9 @@ class Params:
         if key and kind != "array":
             what = f"an object of type {type_name}" if kind == "object" else f"a {kind}"
             raise StateDictError(
-                f"{show_key(key)} is {what}: a state of type 'params' is a flat dict of "
-                f"arrays. Save nested states and small objects with state_type='opt'."
+                f"{show_key(key)} is {what}: a state of type 'params' is a flat "
+                f"dict of arrays. Save nested states and small objects with "
+                f"state_type='opt'."
             )
 
 
@@ -71,13 +72,13 @@ class Opt:
         top = key[0] if key else None
         if top == "master_weights" and kind == "object":
             raise StateDictError(
-                f"{show_key(key)} is an object of type {type_name}: 'master_weights' holds "
-                f"arrays"
+                f"{show_key(key)} is an object of type {type_name}: 'master_weights' "
+                f"holds arrays"
             )
         if top == "LR_Scheduler" and kind == "array":
             raise StateDictError(
-                f"{show_key(key)} is an array: 'LR_Scheduler' holds small objects that are "
-                f"the same on every rank. Save item() of a single number."
+                f"{show_key(key)} is an array: 'LR_Scheduler' holds small objects that "
+                f"are the same on every rank. Save item() of a single number."
             )
 
 
@@ -104,7 +105,7 @@ def registered() -> Sequence[str]:
     return tuple(_REGISTRY)
 
 
-def handler_of(name: str) -> StateType:
+def handler_of(name: object) -> StateType:
     """Return the handler registered as `name`.
 
     Raises

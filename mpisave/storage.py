@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from mpisave.errors import StorageError
 
@@ -250,13 +250,13 @@ class Source:
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO) -> None:
-        self._owned = not hasattr(file, "read")
-        if hasattr(file, "read"):
-            self.name = f"<{type(file).__name__}>"
-            self._file: BinaryIO = file
-        else:
+        self._owned = isinstance(file, (str, os.PathLike))
+        if isinstance(file, (str, os.PathLike)):
             self.name = os.fspath(file)
-            self._file = Path(file).open("rb", buffering=0)  # noqa: SIM115
+            self._file: Any = Path(file).open("rb", buffering=0)  # noqa: SIM115
+        else:
+            self.name = f"<{type(file).__name__}>"
+            self._file = file
         self.nbytes = self._file.seek(0, os.SEEK_END)
 
     def read_into(self, offset: int, out: memoryview) -> int:
@@ -289,7 +289,7 @@ class Source:
         if self._owned:
             self._file.close()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Source:  # noqa: PYI034 - Self needs Python 3.11
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -47,7 +47,8 @@ def _walk(value: Any, key: Key, above: tuple[int, ...]) -> Iterator[Node]:
         return
     if id(value) in above or len(above) >= MAX_DEPTH:
         raise StateDictError(
-            f"{show_key(key[:4])} is nested deeper than {MAX_DEPTH} levels, or holds itself"
+            f"{show_key(key[:4])} is nested deeper than {MAX_DEPTH} levels, or holds "
+            f"itself"
         )
     above = (*above, id(value))
     for name, item in items:

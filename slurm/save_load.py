@@ -192,11 +192,12 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    comm = MPI.COMM_WORLD  # noqa: TID251 - a program's to choose, not the library's
+    comm = MPI.COMM_WORLD
     nbytes = args.mib * 2**20 // comm.size
     nodes, names = count_nodes(comm)
     if comm.rank == 0:
-        print(f"save_load: {comm.size} ranks on {nodes} nodes: {' '.join(names)}")
+        where = f"{comm.size} rank(s) on {nodes} node(s)"
+        print(f"save_load: {where}: {' '.join(names)}")
         # Nobody waits for it: the other ranks do not touch the file system.
         args.out.mkdir(parents=True, exist_ok=True)
 

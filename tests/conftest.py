@@ -1,10 +1,10 @@
 """pytest on several ranks, made safe.
 
-Plain ``pytest tests/mpi`` runs that folder once on each number of ranks in
-``--mpi-sizes``, an mpirun each. Within such a run all ranks agree on every phase of every
-test: a failure on one rank fails the test on all, and rank 0 prints which. A rank that
-waits for one that has failed already, or a test over its time limit, ends the whole job
-with the stacks of every rank.
+``pytest --mpi-sizes 1,2,3,4 tests/mpi`` runs that folder once on each number of ranks,
+an mpirun each. Within such a run all ranks agree on every phase of every test: a
+failure on one rank fails the test on all, and rank 0 prints which. A rank that waits
+for one that has failed already, or a test over its time limit, ends the whole job with
+the stacks of every rank.
 """
 
 import array
@@ -109,7 +109,7 @@ class Agreement:
         if self.rank:  # one report: rank 0's
             reporter = config.pluginmanager.getplugin("terminalreporter")
             if reporter:
-                reporter._tw._file = Path(os.devnull).open("w")
+                reporter._tw._file = Path(os.devnull).open("w")  # noqa: SIM115
 
     def say(self, text):
         os.write(self.stderr, f"\n[rank {self.rank} of {self.size}] {text}\n".encode())
@@ -154,14 +154,15 @@ class Agreement:
             self.say(f"{item.nodeid} {report.when} failed:\n{text}")
         if self.largest(mine, item, report.when, text) == failed:
             every = self.comm.allgather((mine, text))
-            ranks = [rank for rank, (outcome, _) in enumerate(every) if outcome == failed]
+            ranks = [
+                rank for rank, (outcome, _) in enumerate(every) if outcome == failed
+            ]
             report.outcome = "failed"
             if hasattr(report, "wasxfail"):
                 del report.wasxfail
             details = "\n\n".join(f"[rank {r}]\n{every[r][1]}" for r in ranks[:3])
-            report.longrepr = (
-                f"failed on rank {', '.join(map(str, ranks))} of {self.size}\n\n{details}"
-            )
+            names = ", ".join(map(str, ranks))
+            report.longrepr = f"failed on rank {names} of {self.size}\n\n{details}"
         return report
 
     @pytest.hookimpl(trylast=True)
@@ -180,7 +181,9 @@ def pytest_configure(config):
         return
     # Ranks that share pytest's temporary folder delete each other's.
     config.option.basetemp = tempfile.mkdtemp(prefix="mpisave-pytest-")
-    config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+    config.add_cleanup(
+        lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True)
+    )
     config.pluginmanager.register(Agreement(config), "mpi-agreement")
 
 

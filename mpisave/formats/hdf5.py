@@ -41,8 +41,8 @@ _PAGE = 4096
 def escape(name: str | int) -> str:
     """Return the name of a link or attribute for a key: `unescape` gives it back.
 
-    ``/`` and NUL cannot be in a name, ``.`` cannot be one, and ``%`` escapes. A str that
-    reads as an int is escaped, an int is not: they are different keys.
+    ``/`` and NUL cannot be in a name, ``.`` cannot be one, and ``%`` escapes. A str
+    that reads as an int is escaped, an int is not: they are different keys.
     """
     if isinstance(name, int):
         return str(name)
@@ -71,23 +71,7 @@ class HDF5Format:
     def check(self, described: Iterable[Described]) -> None:
         """Refuse objects that are neither numbers, strings, bytes nor None."""
         for node in described:
-            try:
-                "".join(p for p in node.key if isinstance(p, str)).encode()
-                if node.kind == "object":
-                    value = pickle.loads(node.detail)  # noqa: S301 - of this rank's own
-                    if not isinstance(value, (np.str_, np.bytes_)):
-                        to_json(value)
-            except UnicodeEncodeError as exc:
-                raise StateDictError(
-                    f"{show_key(node.key)} is no valid Unicode: HDF5 cannot name it"
-                ) from exc
-            except TypeError as exc:
-                raise StateDictError(
-                    f"{show_key(node.key)} is of type {node.type_name}: HDF5 holds "
-                    f"arrays, numbers, strings, bytes, None, and dicts, lists and "
-                    f"tuples of them. Convert it, or save a pickle "
-                    f"(use_binary_format=False)."
-                ) from exc
+            _check(node)
 
     def layout(self, merged: Merged, facts: Mapping[str, str]) -> Layout:
         """Return skeleton and extents of `merged`."""
@@ -108,9 +92,29 @@ class HDF5Format:
             extents = _Builder(h5py, file).build(merged)
         nbytes = memory.nbytes
         skeleton = tuple(
-            (offset, memory.peek(offset, stop)) for offset, stop in gaps(extents, nbytes)
+            (offset, memory.peek(offset, stop))
+            for offset, stop in gaps(extents, nbytes)
         )
         return Layout(skeleton, tuple(extents), nbytes)
+
+
+def _check(node: Described) -> None:
+    try:
+        "".join(part for part in node.key if isinstance(part, str)).encode()
+        if node.kind == "object":
+            value = pickle.loads(node.detail)  # noqa: S301 - of this rank's own making
+            if not isinstance(value, (np.str_, np.bytes_)):
+                to_json(value)
+    except UnicodeEncodeError as exc:
+        raise StateDictError(
+            f"{show_key(node.key)} is no valid Unicode: HDF5 cannot name it"
+        ) from exc
+    except TypeError as exc:
+        raise StateDictError(
+            f"{show_key(node.key)} is of type {node.type_name}: HDF5 holds arrays, "
+            f"numbers, strings, bytes, None, and dicts, lists and tuples of them. "
+            f"Convert it, or save a pickle (use_binary_format=False)."
+        ) from exc
 
 
 class _Builder:
@@ -156,9 +160,13 @@ class _Builder:
 
     def _place(self, key: Key) -> tuple[Any, str]:
         """Return the group in which `key` lies, and its name there."""
-        return (self._groups[key[:-1]], escape(key[-1])) if key else (
-            self._groups[()],
-            _ITSELF,
+        return (
+            (self._groups[key[:-1]], escape(key[-1]))
+            if key
+            else (
+                self._groups[()],
+                _ITSELF,
+            )
         )
 
     def _group(self, key: Key, kind: str) -> None:
@@ -180,7 +188,11 @@ class _Builder:
             else h5py.h5s.create(h5py.h5s.SCALAR)
         )
         dataset = h5py.h5d.create(
-            parent.id, name.encode(), self._types[dtype], space, self._creation,
+            parent.id,
+            name.encode(),
+            self._types[dtype],
+            space,
+            self._creation,
             self._links,
         )
         if is_ml_dtype(entry.dtype):
@@ -191,7 +203,9 @@ class _Builder:
 
     def _attribute(self, key: Key, value: Any) -> None:
         parent, name = self._place(key)
-        if isinstance(value, np.generic) and not isinstance(value, (np.str_, np.bytes_)):
+        if isinstance(value, np.generic) and not isinstance(
+            value, (np.str_, np.bytes_)
+        ):
             parent.attrs[name] = stored_scalar(value)
         elif isinstance(value, (bool, float, complex)) or _is_int64(value):
             parent.attrs[name] = value

@@ -1,8 +1,8 @@
 """Pickle: what `pickle.load` reads, laid out around the payload.
 
-Each array is what NumPy's own pickles say, with its bytes left out. The file begins with
-a mark that is pushed and popped again, payload is aligned in the same way, and the index
-follows the STOP opcode, where no reader looks.
+Each array is what NumPy's own pickles say, with its bytes left out. The file begins
+with a mark that is pushed and popped again, payload is aligned in the same way, and the
+index follows the STOP opcode, where no reader looks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mpisave.metadata import Described, Entry, Merged
-
-PROTOCOLS = (2, 3, 4, 5)
 
 # Pushed and popped right behind PROTO: a file of ours without an index is torn.
 MARK = b"mpisave-1"
@@ -154,7 +152,7 @@ class _Writer:
         self._global("numpy", "ndarray")
         self._out += _opcodes(entry.shape)
         self._dtype(dtype)
-        if self._protocol >= 5:  # noqa: PLR2004 - a pickle protocol
+        if self._protocol >= 5:
             self._hole(entry, opcode=pickle.BYTEARRAY8)
         else:
             self._global("builtins", "bytearray")
@@ -165,7 +163,8 @@ class _Writer:
     def _dtype(self, dtype: np.dtype[Any]) -> None:
         if self._known(dtype):
             return
-        function, arguments, state = dtype.__reduce__()  # type: ignore[misc]
+        reduced: Any = dtype.__reduce__()
+        function, arguments, state = reduced
         self._global("numpy", function.__name__)
         self._out += _opcodes(arguments) + pickle.REDUCE
         self._out += _opcodes(state) + pickle.BUILD
@@ -174,7 +173,7 @@ class _Writer:
     def _global(self, module: str, name: str) -> None:
         if self._known((module, name)):
             return
-        if self._protocol >= 4:  # noqa: PLR2004 - a pickle protocol
+        if self._protocol >= 4:
             self._out += _opcodes(module) + _opcodes(name) + pickle.STACK_GLOBAL
         else:
             self._out += pickle.GLOBAL + f"{module}\n{name}\n".encode()
@@ -195,7 +194,7 @@ class _Writer:
         """Write the opcode of a bytes object of the array's length, aligned."""
         nbytes = entry.nbytes
         head = opcode + struct.pack("<Q", nbytes)
-        is_old = self._protocol < 4  # noqa: PLR2004 - a pickle protocol
+        is_old = self._protocol < 4
         if is_old and nbytes <= _LONGEST_BINBYTES:
             head = pickle.BINBYTES + struct.pack("<I", nbytes)
         here = len(self._out) + self._payload

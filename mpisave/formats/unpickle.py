@@ -1,13 +1,13 @@
 """A small interpreter of the pickles of arrays, plain containers and scalars.
 
 It imports nothing and calls nothing that a file names. A global is a name on the stack;
-the few that pickles of NumPy need have a meaning here, given by code of this module that
-checks every type and size; every other one is refused. Opcodes are parsed by
+the few that pickles of NumPy need have a meaning here, given by code of this module
+that checks every type and size; every other one is refused. Opcodes are parsed by
 `pickletools`, of the standard library.
 
 A half-made array or dtype never leaves the stack and the memo: what is stored into a
-container is whole. Keys of dicts are scalars, since a tuple that holds itself many times
-over takes for ever to hash.
+container is whole. Keys of dicts are scalars, since a tuple that holds itself many
+times over takes for ever to hash.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ _SCALAR_KEYS = (str, int, float, bool, bytes, type(None))
 
 # Opcodes that push what they carry.
 _PUSH = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINBYTES BINBYTES BINBYTES8 "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
+    {
+        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+        *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    }
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NEW: dict[str, Callable[[], Any]] = {
@@ -103,16 +106,9 @@ def unpickle(source: Source) -> Any:
     machine = _Machine()
     reader = _Reader(source, 0)
     try:
-        for opcode, argument, offset in pickletools.genops(reader):
-            try:
-                if machine.step(opcode.name, argument):
-                    return machine.result()
-            except FileFormatError as exc:
-                raise FileFormatError(f"{exc} (at byte {offset})") from exc
-            except (TypeError, ValueError, IndexError, KeyError, AttributeError) as exc:
-                raise FileFormatError(
-                    f"opcode {opcode.name} at byte {offset} makes no sense: {exc}"
-                ) from exc
+        for opcode, argument, offset in pickletools.genops(reader):  # type: ignore[arg-type]
+            if _step(machine, opcode.name, argument, offset or 0):
+                return machine.result()
     except FileFormatError:
         raise
     except (ValueError, UnicodeError, OverflowError, MemoryError) as exc:
@@ -120,6 +116,18 @@ def unpickle(source: Source) -> Any:
             f"the pickle ends or is altered at byte {reader.tell()}: {exc}"
         ) from exc
     raise FileFormatError("the pickle has no end: it is torn")
+
+
+def _step(machine: _Machine, name: str, argument: Any, offset: int) -> bool:
+    """Carry out an opcode; return whether it was the last."""
+    try:
+        return machine.step(name, argument)
+    except FileFormatError as exc:
+        raise FileFormatError(f"{exc} (opcode {name} at byte {offset})") from exc
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as exc:
+        raise FileFormatError(
+            f"opcode {name} at byte {offset} makes no sense: {exc}"
+        ) from exc
 
 
 class _Machine:
@@ -337,7 +345,9 @@ def _array_of_state(
         raise FileFormatError(f"an array's state of version {version!r} is refused")
     array = _array(shape, dtype, data, "F" if _of(bool, is_fortran) else "C")
     # As NumPy does: bytes become an array in the machine's own order.
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return (
+        array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    )
 
 
 def _array(shape: Any, dtype: Any, data: Any, order: Any) -> np.ndarray[Any, Any]:
@@ -377,7 +387,7 @@ _LONGEST_CODE = 8
 def _dtype_with_state(dtype: np.dtype[Any], state: tuple[Any, ...]) -> np.dtype[Any]:
     order = state[1]
     plain = (None, None, None, -1, -1, 0)
-    if state[0] != 3 or order not in ("<", ">", "|", "=") or state[2:8] != plain:  # noqa: PLR2004
+    if state[0] != 3 or order not in ("<", ">", "|", "=") or state[2:8] != plain:
         raise FileFormatError(f"a dtype with the state {state!r:.80} is refused")
     return dtype if order == "|" else dtype.newbyteorder(order)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpisave.arrays import Bytes, HeldArray
-    from mpisave.plan import Buffers, Extent
+    from mpisave.arrays import Bytes
+    from mpisave.plan import Buffers
     from mpisave.transport.base import Incoming, Route
 
 # Own arrays are written in blocks, so that a round that has arrived need not wait.
@@ -63,7 +63,8 @@ class Gather:
         self._comm = comm
         self._routes = routes
         self._ends = [
-            _Sender(comm, route) if route.incoming is None
+            _Sender(comm, route)
+            if route.incoming is None
             else _Root(comm, route, route.incoming, sizes)
             for route in routes
         ]
@@ -221,9 +222,11 @@ class _Root:
         moved.nbytes += int(counts.sum())
         windows = [
             (rank, int(displs[rank]), self._cursors[rank].take(int(counts[rank])))
-            for rank in np.flatnonzero(counts)
+            for rank in np.flatnonzero(counts).tolist()
         ]
-        self._writer.put(lambda: self._write(buffer, windows), lambda: self._done(buffer))
+        self._writer.put(
+            lambda: self._write(buffer, windows), lambda: self._done(buffer)
+        )
 
     def _gatherv(
         self,
@@ -241,7 +244,7 @@ class _Root:
     def _write(
         self, buffer: Bytes, windows: list[tuple[int, int, list[tuple[int, int, int]]]]
     ) -> None:
-        data = memoryview(buffer)
+        data = buffer.data
         for rank, displ, window in windows:
             at = displ
             for item, start, part in window:
@@ -279,7 +282,7 @@ class _Root:
                     view = self._scratch[: stop - start]
                     array.stage(start, view)
                 self.checksums[item] = crc32c(view, self.checksums[item])
-                self._incoming.target.write(extent.offset + start, memoryview(view))
+                self._incoming.target.write(extent.offset + start, view.data)
                 start += view.size
 
 

