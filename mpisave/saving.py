@@ -374,6 +374,7 @@ class _Call:
         path = self.paths[self.own.rank]
         if path is None:
             self.target = FileObject(self.path)  # type: ignore[arg-type]
+            self.target.check(must_begin=self.args.use_binary_format)
             return None
         staged = StagedFile(path)
         self.target = staged
@@ -475,11 +476,8 @@ class _Call:
         if self.target is None or self.layout is None or self.merged is None:
             return None
         self.target.publish()
-        seconds = {
-            **self.clock.seconds,
-            "gather": moved.waited_s,
-            "write": moved.written_s,
-        }
+        overlapped = {"gather": moved.waited_s, "write": moved.written_s}
+        seconds = {**self.clock.seconds, **overlapped}
         payload = self.merged.nbytes
         return SaveReport(
             (self.target.name,),

@@ -89,7 +89,7 @@ class StagedFile:
         self.name = path
         self._final = Path(os.path.realpath(path))
         self._staging = self._final.with_name(
-            f".{self._final.name[:128]}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
+            f".{self._final.name[:40]}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
         )
         self._published = False
         self.nbytes = 0
@@ -193,6 +193,21 @@ class FileObject:
         self._file = file
         self._start = file.tell()
         self._stop = self._start
+
+    def check(self, *, must_begin: bool) -> None:
+        """Refuse an object that stands where a file of the format cannot begin.
+
+        Raises
+        ------
+        StorageError
+            If the format begins at the start of a file only, and the object does not
+            stand there.
+        """
+        if must_begin and self._start:
+            raise StorageError(
+                f"cannot save HDF5 to {self.name} from byte {self._start} on: an HDF5 "
+                f"file begins at byte 0. Call seek(0) before saving."
+            )
 
     @property
     def nbytes(self) -> int:

@@ -212,6 +212,13 @@ def train_epoch(
         adam.step(params, summed)
 
 
+def accuracy(xp: ModuleType, params: Arrays, data: Any) -> float:
+    """Return the share of the unseen digits that are recognised."""
+    _, _, images, labels = data
+    predicted = forward(xp, params, images)[-1].argmax(axis=1)
+    return float((predicted == labels).mean())
+
+
 def digest(xp: ModuleType, params: Arrays, adam: ShardedAdam) -> str:
     """Return a digest of every bit of parameters and moments of all ranks."""
     own = hashlib.sha256()
@@ -255,18 +262,16 @@ def main() -> int:
     if done:
         params = resume(xp, args.out, done, adam)
         say(f"resumed from epoch {done} on {COMM.size} rank(s)")
-    accuracy = 0.0
     for epoch in range(done + 1, args.epochs + 1):
         train_epoch(xp, epoch, params, adam, data)
-        predicted = forward(xp, params, data[2])[-1].argmax(axis=1)
-        accuracy = float((predicted == data[3]).mean())
-        say(f"epoch {epoch}: accuracy {accuracy:.4f} on {len(data[3])} unseen digits")
+        score = accuracy(xp, params, data)
+        say(f"epoch {epoch}: accuracy {score:.4f} on {len(data[3])} unseen digits")
         save(args.out, epoch, params, adam)
         if epoch == args.stop_after:
             say(f"stopped after epoch {epoch}, as told")
             break
     bits = digest(xp, params, adam)
-    say(f"finished: accuracy {accuracy:.4f}, bits {bits}")
+    say(f"finished: accuracy {accuracy(xp, params, data):.4f}, bits {bits}")
     return 0
 
 

@@ -80,7 +80,8 @@ def pytest_cmdline_main(config):
     codes = {}
     for size in sizes:
         arguments = [*config.invocation_params.args, "--with-mpi"]
-        arguments += ["-p", "no:cacheprovider"]
+        # Open MPI's mpirun gives ranks a terminal: no colours.
+        arguments += ["-p", "no:cacheprovider", "--color=no"]
         run = [*mpirun(), "-n", str(size), sys.executable, "-m", "pytest", *arguments]
         print(f"=== {size} rank(s): {shlex.join(run)}", flush=True)
         codes[size] = subprocess.run(

@@ -3,7 +3,7 @@
 #
 #   PYTHON=.venv/bin/python tests/slurm/run.sh
 #
-# PYTHON is of an environment with mpisave, mpi4py on MPICH, h5py, scikit-learn, pytest and pytest-mpi. Takes one to two
+# PYTHON is of an environment with mpisave, mpi4py on MPICH, h5py, scikit-learn, pytest and pytest-mpi. Takes about two
 # minutes on two cores. Prints a line a check, and `N passed, M failed` in the end.
 set -euo pipefail
 
@@ -49,7 +49,7 @@ submit() {
     local name=$1
     shift
     # --wait exits as the job does. --foreground: Ctrl-C reaches it.
-    env PYTHON="$PYTHON" "$@" timeout --foreground 150 sbatch --wait --parsable --nodes=2 --ntasks-per-node=2 \
+    env PYTHON="$PYTHON" "$@" timeout --foreground 200 sbatch --wait --parsable --nodes=2 --ntasks-per-node=2 \
         --output="$work/$name.out" "slurm/$name.sbatch" >"$work/$name.id" || {
         local status=$?
         cat "$work/$name.out"
