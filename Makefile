@@ -18,6 +18,7 @@ export OMPI_MCA_btl = self,sm
 export OMPI_MCA_osc = ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
+	test-readers \
 	bench env clean
 
 env: $(VENV)/ready
@@ -52,6 +53,21 @@ mpi: $(READY)
 # The same tests over Open MPI, whose counts are C ints.
 test-openmpi: .venv-openmpi/ready
 	$(MAKE) mpi BIN=.venv-openmpi/bin SIZES=$(SIZES)
+
+# Other readers of our files: old NumPy, Paddle. Each in an environment of its own.
+READERS := .venv-readers
+test-readers: $(READY)
+	rm -rf $(READERS)/files && mkdir -p $(READERS)/files
+	$(BIN)/python tests/readers/check.py write $(READERS)/files
+	for numpy in 1.24 1.26; do \
+	    $(PYTHON) -m venv $(READERS)/$$numpy && \
+	    $(READERS)/$$numpy/bin/python -m pip install -q "numpy==$$numpy.*" && \
+	    $(READERS)/$$numpy/bin/python tests/readers/check.py numpy $(READERS)/files \
+	    || exit 1; \
+	done
+	$(PYTHON) -m venv $(READERS)/paddle
+	$(READERS)/paddle/bin/python -m pip install -q setuptools "paddlepaddle==3.3.1" .
+	$(READERS)/paddle/bin/python tests/readers/check.py paddle $(READERS)/files
 
 # Gigabytes and minutes: memory of the root, 5 GiB states, arrays beyond 2 GiB.
 test-slow: $(READY)
