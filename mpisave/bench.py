@@ -116,17 +116,20 @@ class Sides:
                 self.comm.Gatherv([self.warm, nbytes, byte], None, root=0)
 
     def bare_pwrite(self) -> None:
-        """Write as many bytes on the root, from warm memory to a preallocated file."""
+        """Write as many bytes on the root, to a preallocated file.
+
+        Its own arrays from where they lie, the others' from one round buffer.
+        """
         if not self.is_root:
             return
         descriptor = os.open(self.folder / "bound", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.posix_fallocate(descriptor, 0, self.nbytes)
-        data = self.warm.data
-        for offset in range(0, self.nbytes, ROUND_NBYTES):
-            part = data[: min(ROUND_NBYTES, self.nbytes - offset)]
-            done = 0
-            while done < len(part):
-                done += os.pwrite(descriptor, part[done:], offset + done)
+        offset = 0
+        for array in self.state.values():
+            offset += _pwrite(descriptor, array.reshape(-1).view(np.uint8).data, offset)
+        while offset < self.nbytes:
+            part = self.warm[: self.nbytes - offset].data
+            offset += _pwrite(descriptor, part, offset)
         os.fsync(descriptor)
         os.close(descriptor)
 
@@ -165,6 +168,14 @@ class Sides:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write all of `data`; return how many bytes it has."""
+    done = 0
+    while done < data.nbytes:
+        done += os.pwrite(descriptor, data[done:], offset + done)
+    return done
 
 
 def bench_gather(comm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from mpisave.plan import Buffers
     from mpisave.transport.base import Incoming, Route
 
-# Own arrays are written in blocks, so that a round that has arrived need not wait.
-_OWN_BLOCK_NBYTES = 8 * 2**20
+# Own arrays are written in blocks, so that a round that has arrived need not wait; small
+# enough for a block to be in the cache still when it is written after its checksum.
+_OWN_BLOCK_NBYTES = 2**20
 
 # A root whose disk is full goes on receiving for this many rounds at most.
 _ROUNDS_BETWEEN_NEWS = 16
