@@ -214,7 +214,9 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
     Raises
     ------
     ValueError
-        If there is none, or it needs ml_dtypes and that is not installed.
+        If there is none.
+    ImportError
+        If it needs ml_dtypes, and that is not installed.
     """
     if name[:1] in "<>|=":
         try:
@@ -227,7 +229,7 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes
     except ImportError as exc:
-        raise ValueError(
+        raise ImportError(
             f"dtype {name!r} needs ml_dtypes: pip install 'mpisave[bfloat16]'"
         ) from exc
     scalar = getattr(ml_dtypes, name, None)

@@ -243,8 +243,8 @@ def launched_tasks(environ: Mapping[str, str]) -> tuple[int, str]:
 def is_under_mpi(environ: Mapping[str, str]) -> bool:
     """Return whether this process is one of an MPI job, without starting MPI."""
     mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None:
-        return bool(mpi.Is_initialized()) and not mpi.Is_finalized()
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        return True
     return launched_tasks(environ)[0] > 1
 
 

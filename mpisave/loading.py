@@ -43,6 +43,8 @@ def load(path: str | os.PathLike[str] | BinaryIO, *, verify: bool = True) -> Any
     ------
     FileFormatError
         If the file is empty, torn, altered, or nothing that mpisave reads.
+    ImportError
+        If the file holds arrays of ml_dtypes, and that is not installed.
     OSError
         If the file system refuses.
     """

@@ -58,7 +58,7 @@ def describe(
             continue
         try:
             array = held_array(value)
-        except TypeError as exc:
+        except (TypeError, ValueError, BufferError) as exc:
             raise StateDictError(f"{show_key(key)}: {exc}") from exc
         if array is not None:
             held.append(array)

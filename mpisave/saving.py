@@ -50,7 +50,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """What a save did. Alike on every rank, unless each rank saved alone.
+    """What a save did. Alike on every rank, but for the last two of `seconds`.
+
+    Where each rank saved alone, each reports on its own file.
 
     Attributes
     ----------
@@ -61,8 +63,9 @@ class SaveReport:
     payload_nbytes : int
         Bytes of the arrays in it.
     seconds : dict of str to float
-        Wall time of each step on the first rank that wrote, and ``"total"``.
-        ``"gather"`` (in Gatherv) and ``"write"`` overlap within ``"move"``.
+        Wall time of each step on the first rank that wrote. ``"gather"`` (in Gatherv)
+        and ``"write"`` overlap within ``"move"``. ``"publish"`` and ``"total"`` are of
+        this rank.
     step_nbytes : dict of str to int
         Bytes that came by ``"gather"``, and that were put by ``"write"``.
     rounds : int
@@ -175,8 +178,11 @@ def save(
     Raises
     ------
     ArgumentError, StateDictError, LaunchError, StorageError, CollectiveError
-        Alike on every rank, whichever failed: no file was published then, and no
-        staging file is left. UnknownArgumentError is a TypeError.
+        Alike on every rank, whichever failed. No staging file is left, and what was
+        at `path` is there; only where several ranks write files of their own, or a
+        directory cannot be flushed, a file may be published all the same when the
+        last step fails. UnknownArgumentError is a TypeError. A `comm` that is none is
+        refused on the rank that gave it: there is nothing to tell the others by.
     """
     clock = _Clock()
     given = {
@@ -218,6 +224,8 @@ def _communicator(comm: Any) -> Any:
     except (ImportError, RuntimeError):  # no mpi4py, or no MPI library for it
         check_launch(1, os.environ)
         return SoloComm()
+    if MPI.Is_finalized():
+        raise ArgumentError("MPI is finalized: the ranks can no longer save together")
     world = MPI.COMM_WORLD  # noqa: TID251 - the default communicator
     if comm is None:
         comm = world
@@ -281,7 +289,7 @@ class _Call:
         if is_first and suffix and path and not path.endswith(suffix):
             warnings.warn(
                 f"the path {path!r} does not end in the state type {suffix!r}",
-                stacklevel=6,
+                stacklevel=7,  # the caller of save
             )
 
     def describe(self, state: object) -> tuple[list[Described], list[HeldArray]]:
@@ -333,7 +341,7 @@ class _Call:
                 warnings.warn(
                     f"{show_key(node.key)} is an object of type {node.type_name}: "
                     f"mpisave.load will refuse the file, pickle.load alone reads it",
-                    stacklevel=6,
+                    stacklevel=8,  # the caller of save
                 )
 
     def stage(self, part: _Part) -> None:

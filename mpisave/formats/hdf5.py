@@ -35,6 +35,8 @@ _ITSELF = "%itself"
 # An object header holds at most 64 KiB; longer texts become datasets.
 _LONGEST_ATTRIBUTE = 32 * 1024
 
+_MOST_AXES = 32  # H5S_MAX_RANK
+
 _PAGE = 4096
 
 
@@ -64,7 +66,7 @@ def unescape(text: str) -> str | int:
 
 
 class HDF5Format:
-    """HDF5 in the version of 1.8, which every h5dump since reads."""
+    """HDF5 in the versions of 1.8 to 1.10: h5dump 1.10 reads it."""
 
     name = "hdf5"
 
@@ -81,9 +83,8 @@ class HDF5Format:
         with h5py.File(
             memory,
             "w",
-            libver=("earliest", "v108"),
-            # Small datasets and metadata apart: fewer, larger writes.
-            meta_block_size=1024 * 1024,
+            # Many attributes of one group cost quadratic time in older versions.
+            libver=("v108", "v110"),
             alignment_threshold=1,
             alignment_interval=ALIGNMENT,
         ) as file:
@@ -99,12 +100,15 @@ class HDF5Format:
 
 
 def _check(node: Described) -> None:
+    if node.kind == "array" and len(node.detail[1]) > _MOST_AXES:
+        raise StateDictError(
+            f"{show_key(node.key)} has {len(node.detail[1])} axes: HDF5 holds at most "
+            f"{_MOST_AXES}. Reshape it, or save a pickle (use_binary_format=False)."
+        )
     try:
         "".join(part for part in node.key if isinstance(part, str)).encode()
         if node.kind == "object":
-            value = pickle.loads(node.detail)  # noqa: S301 - of this rank's own making
-            if not isinstance(value, (np.str_, np.bytes_)):
-                to_json(value)
+            to_json(pickle.loads(node.detail))  # noqa: S301 - of this rank's own making
     except UnicodeEncodeError as exc:
         raise StateDictError(
             f"{show_key(node.key)} is no valid Unicode: HDF5 cannot name it"
@@ -124,6 +128,7 @@ class _Builder:
         self._h5py = h5py
         self._groups: dict[Key, Any] = {(): file}
         self._types: dict[np.dtype[Any], Any] = {}
+        self._spaces: dict[tuple[int, ...], Any] = {}
         h5p, h5d = h5py.h5p, h5py.h5d
         self._creation = h5p.create(h5p.DATASET_CREATE)
         self._creation.set_layout(h5d.CONTIGUOUS)
@@ -182,16 +187,17 @@ class _Builder:
         h5py, dtype = self._h5py, stored_dtype(entry.dtype)
         if dtype not in self._types:
             self._types[dtype] = h5py.h5t.py_create(dtype, logical=True)
-        space = (
-            h5py.h5s.create_simple(entry.shape)
-            if entry.shape
-            else h5py.h5s.create(h5py.h5s.SCALAR)
-        )
+        if entry.shape not in self._spaces:
+            self._spaces[entry.shape] = (
+                h5py.h5s.create_simple(entry.shape)
+                if entry.shape
+                else h5py.h5s.create(h5py.h5s.SCALAR)
+            )
         dataset = h5py.h5d.create(
             parent.id,
             name.encode(),
             self._types[dtype],
-            space,
+            self._spaces[entry.shape],
             self._creation,
             self._links,
         )
@@ -277,9 +283,13 @@ def _readable(value: Any) -> Any:
     """Return what JSON shows of a small object; the index alone is exact."""
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, int) and value.bit_length() < _MOST_BITS:
         return value
-    return to_json(value)
+    return value if isinstance(value, float) else to_json(value)
+
+
+# Python reads no decimals of more than 4,300 digits.
+_MOST_BITS = 14_000
 
 
 class _SparseFile:

@@ -20,8 +20,6 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
 from mpisave.checksum import crc32c
 from mpisave.errors import FileFormatError, Key, show_key
@@ -31,6 +29,8 @@ from mpisave.tree import Node, rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
 
     from mpisave.formats.base import Layout
     from mpisave.metadata import Merged
@@ -125,8 +125,6 @@ def encode(
         elif node.kind == "object":
             # Made by a rank of this job, see metadata.describe.
             value = pickle.loads(node.detail)  # noqa: S301
-            if isinstance(value, (np.str_, np.bytes_)):
-                value = value.item()
             try:
                 nodes.append([node.key, "object", to_json(value)])
             except TypeError:

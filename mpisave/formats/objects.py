@@ -22,18 +22,21 @@ def to_json(value: object) -> Json:
     TypeError
         If `value` is of a type that only a pickle can hold.
     """
+    if isinstance(value, (np.str_, np.bytes_)):
+        value = value.item()  # with no dtype of its own, a string like any other
     kind = type(value)
-    if value is None or kind in (bool, int):
+    if value is None or kind in (bool, str):
         return value
-    if kind is str:
-        return value
+    if kind is int:
+        # Python refuses to read decimals of more than 4,300 digits.
+        return value if -(2**63) <= value < 2**63 else {"int": hex(value)}  # type: ignore[operator,arg-type]
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}  # type: ignore[arg-type]
     if kind is complex:
         return {"complex": [to_json(value.real), to_json(value.imag)]}  # type: ignore[attr-defined]
     if kind in (bytes, bytearray):
         return {kind.__name__: base64.b64encode(value).decode()}  # type: ignore[arg-type]
-    if isinstance(value, np.generic) and kind not in (np.str_, np.bytes_):
+    if isinstance(value, np.generic):
         savable(value.dtype)
         return {"scalar": [dtype_name(value.dtype), value.tobytes().hex()]}
     raise TypeError(f"objects of type {kind.__module__}.{kind.__qualname__}")
@@ -52,6 +55,8 @@ def from_json(data: Json) -> Any:
     if isinstance(data, dict) and len(data) == 1:
         ((kind, content),) = data.items()
         try:
+            if kind == "int":
+                return int(content, 16)
             if kind == "float":
                 return float(content)
             if kind == "complex":

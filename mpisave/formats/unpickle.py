@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -136,11 +137,14 @@ class _Machine:
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._checked: dict[
+            int, tuple[Any, ...]
+        ] = {}  # by id; kept, so ids stay theirs
 
     def result(self) -> Any:
-        if len(self._stack) != 1:
+        if len(self._stack) != 1 or self._stack[0] is _MARK:
             raise FileFormatError(f"{len(self._stack)} values are left at the end")
-        return self._whole(self._stack[0])
+        return self._plain(self._stack[0])
 
     def step(self, name: str, argument: Any) -> bool:
         """Carry out an opcode; return whether it was the last."""
@@ -210,28 +214,28 @@ class _Machine:
         self._stack.append(tuple(self._to_mark()))
 
     def _op_list(self, _: object) -> None:
-        self._stack.append([_plain(item) for item in self._to_mark()])
+        self._stack.append([self._plain(item) for item in self._to_mark()])
 
     def _op_append(self, _: object) -> None:
-        item = _plain(self._pop())
+        item = self._plain(self._pop())
         _of(list, self._top()).append(item)
 
     def _op_appends(self, _: object) -> None:
-        items = [_plain(item) for item in self._to_mark()]
+        items = [self._plain(item) for item in self._to_mark()]
         _of(list, self._top()).extend(items)
 
     def _op_dict(self, _: object) -> None:
         made: dict[Any, Any] = {}
-        _set_items(made, self._to_mark())
+        self._set_items(made, self._to_mark())
         self._stack.append(made)
 
     def _op_setitem(self, _: object) -> None:
         value, key = self._pop(), self._pop()
-        _set_items(_of(dict, self._top()), [key, value])
+        self._set_items(_of(dict, self._top()), [key, value])
 
     def _op_setitems(self, _: object) -> None:
         items = self._to_mark()
-        _set_items(_of(dict, self._top()), items)
+        self._set_items(_of(dict, self._top()), items)
 
     def _op_additems(self, _: object) -> None:
         items = self._to_mark()
@@ -279,10 +283,29 @@ class _Machine:
         else:
             raise FileFormatError(f"BUILD on a {type(made).__name__} is refused")
 
-    def _whole(self, value: Any) -> Any:
-        if isinstance(value, _NewArray):
-            raise FileFormatError("an array is used before it has its bytes")
-        return _plain(value)
+    def _set_items(self, made: dict[Any, Any], items: list[Any]) -> None:
+        if len(items) % 2:
+            raise FileFormatError("a key has no value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            made[_hashable(key)] = self._plain(value)
+
+    def _plain(self, value: Any) -> Any:
+        """Return `value` if it may be part of a state.
+
+        A tuple may hold the arguments of a call; as part of a state, it may not.
+        """
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, _Global):
+                raise FileFormatError(f"{item} is part of the state, which is refused")
+            if isinstance(item, (_Dtype, _NewArray)):
+                raise FileFormatError("a dtype, or an array without bytes, is a value")
+            # Once each: a few bytes of references stand for 2**n tuples.
+            if type(item) is tuple and id(item) not in self._checked:
+                self._checked[id(item)] = item
+                pending.extend(item)
+        return value
 
 
 def _of(kind: type, value: Any) -> Any:
@@ -295,39 +318,10 @@ def _of(kind: type, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` if it may be part of a state."""
-    # A tuple may hold arguments of a call; as part of a state, it may not.
-    pending = [value]
-    seen = 0
-    while pending:
-        item = pending.pop()
-        if isinstance(item, (_Global, _Dtype, _NewArray)):
-            name = item if isinstance(item, _Global) else type(item).__name__.strip("_")
-            raise FileFormatError(f"{name} is part of the state, which is refused")
-        if type(item) is tuple:
-            seen += 1
-            if seen > _MOST_TUPLES:
-                raise FileFormatError("tuples are nested too often")
-            pending.extend(item)
-    return value
-
-
-# Tuples within one value: a chain of references could stand for 2**n of them.
-_MOST_TUPLES = 100_000
-
-
 def _hashable(key: Any) -> Any:
     if not isinstance(key, _SCALAR_KEYS):
         raise FileFormatError(f"a {type(key).__name__} is a key, which is refused")
     return key
-
-
-def _set_items(made: dict[Any, Any], items: list[Any]) -> None:
-    if len(items) % 2:
-        raise FileFormatError("a key has no value")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        made[_hashable(key)] = _plain(value)
 
 
 def _new_array(kind: Any, shape: Any, code: Any) -> _NewArray:
@@ -375,13 +369,12 @@ _MOST_DIMENSIONS = 32
 
 
 def _new_dtype(code: Any, *_flags: Any) -> _Dtype:
-    dtype = np.dtype(_of(str, code)) if len(code) < _LONGEST_CODE else None
-    if dtype is None:
-        raise FileFormatError(f"a dtype {code[:20]!r} is refused")
-    return _Dtype(savable(dtype))
-
-
-_LONGEST_CODE = 8
+    if type(code) is not str or not re.fullmatch(r"[biufc][0-9]{1,2}", code):
+        raise FileFormatError(
+            f"a dtype {code!r:.40} is refused: arrays hold booleans and numbers, no "
+            f"objects, strings or records"
+        )
+    return _Dtype(savable(np.dtype(code)))
 
 
 def _dtype_with_state(dtype: np.dtype[Any], state: tuple[Any, ...]) -> np.dtype[Any]:
@@ -396,8 +389,13 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _array((), dtype, _of(bytes, data), "C")[()]
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
-    return _array(shape, dtype, data, order)
+def _frombuffer(
+    data: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None
+) -> Any:
+    if order != "K" or axis_order is None:
+        return _array(shape, dtype, data, order)
+    axes = tuple(_of(int, axis) for axis in _of(tuple, axis_order))
+    return _array(shape, dtype, data, "C").transpose(axes)
 
 
 def _ndarray(shape: Any, dtype: Any, data: Any) -> Any:

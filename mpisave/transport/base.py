@@ -36,9 +36,9 @@ class Route:
 
 @dataclass(slots=True)
 class Moved:
-    """What a transport did, on one rank."""
+    """What a transport did, on a root; elsewhere nothing is told."""
 
-    # On a root: CRC-32C of each extent, by rank and place in its stream.
+    # CRC-32C of each extent, by rank and place in its stream.
     checksums: list[list[int]] = field(default_factory=list)
     rounds: int = 0
     nbytes: int = 0  # that arrived here through MPI

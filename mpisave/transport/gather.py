@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mpisave.plan import Buffers
     from mpisave.transport.base import Incoming, Route
 
-# Own arrays are written in blocks, so that a round that has arrived need not wait; small
-# enough for a block to be in the cache still when it is written after its checksum.
+# Own arrays are written in blocks, so that a round that has arrived need not wait, and
+# that a block is in the cache still when it is written after its checksum.
 _OWN_BLOCK_NBYTES = 2**20
 
 # A root whose disk is full goes on receiving for this many rounds at most.
@@ -135,7 +135,7 @@ class _Sender:
     def finish(self) -> None:
         """Nothing ran beside the rounds."""
 
-    def round(self, counts: npt.NDArray[np.int64], moved: Moved) -> None:
+    def round(self, counts: npt.NDArray[np.int64], _moved: Moved) -> None:
         """Send this rank's bytes of a round."""
         nbytes = int(counts[self._comm.rank])
         try:
@@ -143,10 +143,7 @@ class _Sender:
         except Exception as exc:  # noqa: BLE001 - told once the others have caught up
             self.error = self.error or exc
             data = np.zeros(nbytes, np.uint8)
-        began = time.perf_counter()
         self._gatherv(data)
-        moved.waited_s += time.perf_counter() - began
-        moved.rounds += 1
 
     def _next(self, nbytes: int) -> Bytes:
         window = self._cursor.take(nbytes)
