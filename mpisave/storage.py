@@ -95,6 +95,11 @@ class StagedFile:
         self.nbytes = 0
         if self._final.is_dir():
             raise StorageError(f"cannot save to {path}: it is a directory")
+        if self._final.exists() and not self._final.is_file():
+            raise StorageError(
+                f"cannot save to {path}: it is a device, pipe or socket, which a file "
+                f"would replace"
+            )
         if not self._final.parent.is_dir():
             raise StorageError(
                 f"cannot save to {path}: there is no directory "
