@@ -1,9 +1,9 @@
 """What other versions and libraries make of our files: ``make test-readers``.
 
-``check.py write DIR`` saves states with mpisave. ``check.py numpy DIR`` reads the pickles
-with stock pickle in an environment of an old NumPy, where mpisave is not installed, with
-warnings as errors. ``check.py paddle DIR`` has Paddle load its own state dicts that
-mpisave saved, and sets them.
+``check.py write DIR`` saves states with mpisave. ``check.py numpy DIR`` reads the
+pickles with stock pickle in an environment of an old NumPy, where mpisave is not
+installed, with warnings as errors. ``check.py paddle DIR`` has Paddle load its own state
+dicts that mpisave saved, and sets them.
 """
 
 import pickle

@@ -1,0 +1,329 @@
+"""The border between host and device: any byte range of any array."""
+
+import array
+import ctypes
+import math
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fakes import FakeDeviceArray, FakeDeviceLibrary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mpisave import arrays
+from mpisave.arrays import (
+    dtype_from_name,
+    dtype_name,
+    held_array,
+    is_ml_dtype,
+    savable,
+    stored_dtype,
+)
+
+ML_DTYPES = [
+    np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "uint4")
+]
+NUMPY_DTYPES = [
+    np.dtype(code)
+    for kind in ("?", "b", "B", "h", "H", "i", "I", "q", "Q", "e", "f", "d", "F", "D")
+    for code in {f"<{kind}", f">{kind}"}
+]
+DTYPES = [*NUMPY_DTYPES, np.dtype("g"), np.dtype("G"), *ML_DTYPES]
+
+
+class DLPackArray:
+    """An array that only DLPack gives access to."""
+
+    def __init__(self, host, device=(1, 0)):
+        self._host = host
+        self._device = device
+
+    def __dlpack__(self, **kwargs):
+        return self._host.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self._device
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Return what serves device arrays where there is no device."""
+    fake = FakeDeviceLibrary()
+    monkeypatch.setattr(arrays, "device_library", lambda: fake)
+    return fake
+
+
+@st.composite
+def arrays_and_ranges(draw):
+    """Return an array of any layout, and the byte range to be staged."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
+    raw = draw(st.binary(min_size=1, max_size=64))
+    nbytes = math.prod(shape) * dtype.itemsize
+    whole = np.frombuffer((raw * nbytes)[:nbytes], np.uint8).copy()
+    if dtype == np.bool_:
+        whole &= 1
+    made = whole.view(dtype).reshape(shape)
+    layout = draw(st.sampled_from(["C", "F", "transposed", "strided"]))
+    if layout == "F":
+        made = np.asfortranarray(made)
+    elif layout == "transposed":
+        made = made.T
+    elif layout == "strided" and made.ndim:
+        made = np.asarray(made[draw(hnp.basic_indices(shape))])
+    start = draw(st.integers(0, made.nbytes))
+    return made, start, draw(st.integers(start, made.nbytes))
+
+
+def staged(held, start, stop):
+    # Filled, so that bytes which were not copied show.
+    out = np.full(stop - start, 0xA5, np.uint8)
+    held.stage(start, out)
+    return out.tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(arrays_and_ranges())
+def test_any_byte_range_of_any_array_is_staged(case):
+    made, start, stop = case
+    held = held_array(made)
+
+    view = held.view(start, stop)
+
+    assert staged(held, start, stop) == made.tobytes()[start:stop]
+    assert (held.dtype, held.shape, held.nbytes) == (
+        made.dtype,
+        made.shape,
+        made.nbytes,
+    )
+    assert view is None or view.tobytes() == made.tobytes()[start:stop]
+    assert (view is not None) == made.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        np.arange(24.0).reshape(2, 3, 4)[:, ::-1, ::2],
+        np.asfortranarray(np.arange(12, dtype=">i4").reshape(3, 4)),
+        np.arange(30, dtype=np.int16).reshape(5, 6).T[1::2, ::3],
+        np.broadcast_to(np.float32(1.5), (3, 2)),
+        np.arange(6, dtype=np.complex64).reshape(1, 6)[:, ::5],
+    ],
+    ids=["negative", "fortran", "transposed", "broadcast", "complex"],
+)
+def test_every_byte_range_is_staged(made):
+    held, data = held_array(made), made.tobytes()
+
+    for start in range(len(data) + 1):
+        for stop in range(start, len(data) + 1):
+            assert staged(held, start, stop) == data[start:stop]
+
+
+def test_contiguous_array_is_viewed_and_not_copied():
+    made = np.arange(10)
+
+    view = held_array(made).view(8, 24)
+
+    assert np.shares_memory(view, made)
+    assert view.dtype == np.uint8
+
+
+@pytest.mark.parametrize("made", [np.array(7.5), np.zeros((0, 3)), np.zeros((2, 0, 4))])
+def test_0d_and_empty_arrays_are_arrays(made):
+    held = held_array(made)
+
+    assert held.shape == made.shape
+    assert staged(held, 0, held.nbytes) == made.tobytes()
+
+
+def test_array_is_not_modified_and_may_be_read_only():
+    made = np.arange(6).reshape(2, 3)
+    made.flags.writeable = False
+
+    assert staged(held_array(made), 3, 20) == made.tobytes()[3:20]
+    assert staged(held_array(made.T), 3, 20) == made.T.tobytes()[3:20]
+
+
+def test_matrix_is_staged_as_an_array():
+    made = np.arange(6).reshape(2, 3).view(type("Odd", (np.ndarray,), {}))[:, ::2]
+
+    held = held_array(made)
+
+    assert type(held.source) is np.ndarray
+    assert staged(held, 0, held.nbytes) == made.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("made", "dtype", "shape"),
+    [
+        (array.array("h", [1, 2, 3]), np.dtype(np.int16), (3,)),
+        (array.array("d", []), np.dtype(np.float64), (0,)),
+        (memoryview(np.arange(6, dtype="<i4").reshape(2, 3)), np.dtype("<i4"), (2, 3)),
+        (memoryview(np.arange(6, dtype="<i4"))[::2], np.dtype("<i4"), (3,)),
+        (memoryview(b"abc"), np.dtype(np.uint8), (3,)),
+        ((ctypes.c_float * 4)(1, 2, 3, 4), np.dtype(np.float32), (4,)),
+    ],
+)
+def test_object_of_the_buffer_protocol_is_an_array(made, dtype, shape):
+    held = held_array(made)
+
+    assert (held.dtype, held.shape) == (dtype, shape)
+    assert staged(held, 0, held.nbytes) == memoryview(made).tobytes()
+
+
+def test_object_that_only_dlpack_reads_is_an_array():
+    made = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+    held = held_array(DLPackArray(made))
+
+    assert (held.dtype, held.shape, held.on_device) == (made.dtype, (3, 4), False)
+    assert np.shares_memory(held.view(0, 48), made)
+
+
+def test_dlpack_object_on_a_device_is_refused():
+    cuda = (2, 0)
+
+    with pytest.raises(TypeError, match="__cuda_array_interface__"):
+        held_array(DLPackArray(np.zeros(3), device=cuda))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, 5, 1.5, 2j, "text", b"bytes", bytearray(b"x"), object()),
+        *(np.float32(1), np.bool_(True), np.str_("x"), [1, 2], {"a": 1}, {1}),
+    ],
+)
+def test_anything_else_is_no_array(value):
+    assert held_array(value) is None
+
+
+@pytest.mark.parametrize(
+    ("made", "advice"),
+    [
+        (np.array([1, None], object), "take the objects out"),
+        (np.zeros(2, [("x", "i4"), ("y", "f8")]), "take its fields apart"),
+        (np.zeros(2, [("x", object)]), "take the objects out"),
+        (np.array(["a", "bc"]), "view it as integers"),
+        (np.array([b"a"]), "view it as integers"),
+        (np.array(["2020-01-01"], "M8[D]"), "view it as integers"),
+        (np.zeros(2, "m8[s]"), "view it as integers"),
+        (np.zeros(2, "V5"), "view it as integers"),
+        (np.ma.masked_array([1, 2], [0, 1]), "save its data and its mask"),
+        (memoryview(b"ab").cast("c"), "view it as integers"),
+    ],
+)
+def test_dtype_that_no_file_can_hold_is_refused_with_advice(made, advice):
+    with pytest.raises(TypeError, match="cannot be saved") as caught:
+        held_array(made)
+
+    assert advice in str(caught.value)
+
+
+class TestDevice:
+    def test_device_array_is_never_read_by_numpy(self, library):
+        made = FakeDeviceArray(np.arange(6, dtype=np.float32).reshape(2, 3))
+
+        held = held_array(made)
+
+        assert held.source is made
+        assert held.on_device
+        assert (held.dtype, held.shape) == (np.dtype(np.float32), (2, 3))
+        assert held.view(0, 24) is None
+        assert library.calls == []
+
+    def test_whole_elements_are_staged_in_one_copy(self, library):
+        host = np.arange(10, dtype=np.float64)
+
+        found = staged(held_array(FakeDeviceArray(host)), 16, 40)
+
+        assert found == host.tobytes()[16:40]
+        assert library.calls == [(2, 3)]
+
+    def test_cut_element_is_staged_whole_and_then_cut(self, library):
+        host = np.arange(4, dtype=np.int32)
+
+        found = staged(held_array(FakeDeviceArray(host)), 3, 9)
+
+        assert found == host.tobytes()[3:9]
+        assert library.calls == [(0, 3)]
+
+    @pytest.mark.parametrize("layout", ["C", "F", "strided"])
+    def test_every_byte_range_is_staged(self, library, layout):
+        host = np.arange(6, dtype=np.int32).reshape(2, 3).copy("F")
+        host = {"C": host.copy("C"), "F": host, "strided": np.repeat(host, 2, 1)}[
+            layout
+        ]
+        host = host[:, ::2] if layout == "strided" else host
+        held = held_array(FakeDeviceArray(host))
+
+        for start in range(host.nbytes + 1):
+            for stop in range(start, host.nbytes + 1):
+                assert staged(held, start, stop) == host.tobytes()[start:stop]
+
+    def test_0d_device_array_is_staged(self, library):
+        host = np.array(2.5, np.float32)
+
+        held = held_array(FakeDeviceArray(host))
+
+        assert (held.shape, held.nbytes) == ((), 4)
+        assert staged(held, 0, 4) == host.tobytes()
+
+    def test_failure_on_the_device_reaches_the_caller(self, library, monkeypatch):
+        def fail(*args):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        held = held_array(FakeDeviceArray(np.zeros(3)))
+        monkeypatch.setattr(library, "stage", fail)
+
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            held.stage(0, np.empty(24, np.uint8))
+
+    def test_device_array_of_no_savable_dtype_is_refused(self, library):
+        with pytest.raises(TypeError, match="cannot be saved"):
+            held_array(FakeDeviceArray(np.zeros(2, "V4")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_name_of_a_dtype_gives_it_back(dtype):
+    found = dtype_from_name(dtype_name(dtype))
+
+    assert found == dtype
+    assert found.byteorder == dtype.byteorder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "<", "<f3", "<O", "|O", "<U4", "|S3", "|V8", "<M8[s]", "<f4,<f4", "=zz"),
+        *("float32", "nothing", "__name__", "finfo", "os", "int4.x"),
+    ],
+)
+def test_name_of_no_dtype_is_refused(name):
+    with pytest.raises(ValueError, match="dtype"):
+        dtype_from_name(name)
+
+
+def test_name_that_needs_ml_dtypes_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+
+    with pytest.raises(ImportError, match=r"pip install 'mpisave\[bfloat16\]'"):
+        dtype_from_name("bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtype_of_ml_dtypes_is_stored_as_unsigned_integers(dtype):
+    found = stored_dtype(dtype)
+
+    assert savable(dtype) is dtype
+    assert found.itemsize == dtype.itemsize
+    if dtype in ML_DTYPES:
+        assert is_ml_dtype(dtype)
+        assert found.kind == "u"
+    else:
+        assert not is_ml_dtype(dtype)
+        assert found == dtype
