@@ -2,8 +2,8 @@
 
 ``check.py write DIR`` saves states with mpisave. ``check.py numpy DIR`` reads the
 pickles with stock pickle in an environment of an old NumPy, where mpisave is not
-installed, with warnings as errors. ``check.py paddle DIR`` has Paddle load its own state
-dicts that mpisave saved, and sets them.
+installed, with warnings as errors. ``check.py paddle DIR`` has Paddle load its own
+state dicts that mpisave saved, and sets them.
 """
 
 import pickle
