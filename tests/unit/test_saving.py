@@ -132,6 +132,22 @@ class TestWarnings:
 
         assert files_in(tmp_path) == [name]
 
+    @pytest.mark.parametrize("gather_to", [None, 0])
+    def test_warning_points_to_the_line_that_called_save(self, tmp_path, gather_to):
+        given = {"gather_to": gather_to}
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mpisave.save(STATE, tmp_path / "x", state_type="params", **given)
+            mpisave.save({"hook": {1}}, tmp_path / "x", **given)
+
+        assert [warning.filename for warning in caught] == [__file__] * 2
+
+    def test_string_of_numpy_is_not_warned_about(self, tmp_path):
+        mpisave.save({"x": np.str_("a"), "y": np.bytes_(b"b")}, tmp_path / "x")
+
+        assert_equal_states(mpisave.load(tmp_path / "x"), {"x": "a", "y": b"b"})
+
     def test_file_object_has_no_name_to_warn_about(self):
         mpisave.save(STATE, io.BytesIO(), state_type="params")
 

@@ -82,7 +82,7 @@ def test_array_of_every_layout_loads(made, dtype, protocol):
     assert_loads_as_pickle_does([made.astype(dtype, order="K")], protocol)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_transposed_array_loads(protocol):
     made = np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2)
 
@@ -451,6 +451,7 @@ MALICIOUS = {
     # Stack and memo.
     "nothing": ("0 values", whole(b"")),
     "two values": ("2 values", whole(b"NN")),
+    "mark at the end": ("", whole(b"(")),
     "empty stack": ("empty", whole(b"a")),
     "pop of nothing": ("empty", whole(b"0")),
     "no mark": ("mark", whole(b"K\x01t")),
@@ -604,7 +605,6 @@ def test_pickle_cut_at_every_byte_is_refused(protocol):
             loaded(data[:nbytes])
 
 
-@pytest.mark.filterwarnings("ignore:Data type alias:DeprecationWarning")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_flipped_bit_is_refused_or_gives_plain_values(protocol, nothing_runs):
     data = pickle.dumps({"w": np.arange(3), "n": [1, (2.5, None)]}, protocol)
