@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mpisave.errors import ArgumentError, UnknownArgumentError
 from mpisave.state_types import handler_of
@@ -88,8 +89,10 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     has_file = hasattr(path, "write") and hasattr(path, "seek")
     is_name = isinstance(path, (str, os.PathLike))
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if is_name and not (isinstance(text, str) and text):
-        raise ArgumentError(f"path is {path!r}: it is a non-empty str or os.PathLike")
+    if is_name and not (isinstance(text, str) and text and "\0" not in text):
+        raise ArgumentError(
+            f"path is {path!r}: it is a non-empty str or os.PathLike, without NUL"
+        )
     if not is_name and not has_file and path is not None:
         raise ArgumentError(
             f"path is of type {type(path).__name__}: it is a str, an os.PathLike, or a "
@@ -121,12 +124,13 @@ def parse_gather_to(gather_to: object, size: int) -> tuple[int, ...] | None:
         raise ArgumentError("gather_to is empty: give a rank, or None to not gather")
     roots = []
     for rank in many:
-        if isinstance(rank, bool) or not isinstance(rank, SupportsIndex):
+        # operator.index takes arrays, and then refuses most of them.
+        if type(rank) is not int and not isinstance(rank, np.integer):
             raise ArgumentError(
                 f"gather_to is {gather_to!r}: it is a rank, or a list of ranks, or "
                 f"None; {rank!r} is of type {type(rank).__name__}"
             )
-        roots.append(operator.index(rank))
+        roots.append(int(rank))
         if not 0 <= roots[-1] < size:
             raise ArgumentError(
                 f"gather_to is {gather_to!r}: the communicator has {size} rank(s), "

@@ -178,7 +178,11 @@ def savable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     TypeError
         If it is none of bool, int, uint, float, complex and those of ml_dtypes.
     """
-    if dtype.kind in _KINDS or is_ml_dtype(dtype):
+    if is_ml_dtype(dtype):
+        if dtype.isnative:
+            return dtype
+        raise TypeError(f"arrays of {dtype.name} in swapped byte order cannot be saved")
+    if dtype.kind in _KINDS:
         return dtype
     advice = (
         "take the objects out into lists of small objects"

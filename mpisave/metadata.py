@@ -58,7 +58,7 @@ def describe(
             continue
         try:
             array = held_array(value)
-        except (TypeError, ValueError, BufferError) as exc:
+        except Exception as exc:  # of any library whose arrays these are
             raise StateDictError(f"{show_key(key)}: {exc}") from exc
         if array is not None:
             held.append(array)

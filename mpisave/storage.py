@@ -195,6 +195,11 @@ class FileObject:
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = f"<{type(file).__name__}>"
+        if "a" in str(getattr(file, "mode", "")):
+            raise StorageError(
+                f"cannot save to {self.name}: it is open for appending, and the system "
+                f"then ignores offsets. Open it with mode 'wb'."
+            )
         self._file = file
         self._start = file.tell()
         self._stop = self._start
@@ -227,7 +232,10 @@ class FileObject:
         with _naming("write to", self.name):
             self._file.seek(self._start + offset)
             while data.nbytes:
-                data = data[self._file.write(data) :]
+                done = self._file.write(data)
+                if not done:  # None: of a class that forgot to return
+                    raise OSError(f"write of {data.nbytes} bytes returned {done!r}")
+                data = data[done:]
             self._stop = max(self._stop, self._file.tell())
 
     def sync(self) -> None:

@@ -57,7 +57,19 @@ def _walk(value: Any, key: Key, above: tuple[int, ...]) -> Iterator[Node]:
                 f"{show_key(key)} has the key {name!r} of type {type(name).__name__}: "
                 f"keys are str or int"
             )
+        if isinstance(name, str) and not _is_text(name):
+            raise StateDictError(
+                f"{show_key(key)} has the key {name!a}: it is no valid Unicode"
+            )
         yield from _walk(item, (*key, name), above)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True
 
 
 def rebuild(nodes: Iterable[Node]) -> Any:

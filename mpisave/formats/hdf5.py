@@ -35,6 +35,8 @@ _ITSELF = "%itself"
 # An object header holds at most 64 KiB; longer texts become datasets.
 _LONGEST_ATTRIBUTE = 32 * 1024
 
+_LONGEST_NAME = 16 * 1024
+
 _MOST_AXES = 32  # H5S_MAX_RANK
 
 _PAGE = 4096
@@ -51,7 +53,7 @@ def escape(name: str | int) -> str:
     if not name:
         return "%"
     text = re.sub(r"[%/\0]", lambda found: f"%{ord(found[0]):02X}", name)
-    if text in (".", "..") or text.startswith(_OURS) or re.fullmatch(r"-?\d+", text):
+    if text in (".", "..") or text.startswith(_OURS) or re.fullmatch(r"-?[0-9]+", text):
         text = f"%{ord(text[0]):02X}{text[1:]}"
     return text
 
@@ -105,14 +107,14 @@ def _check(node: Described) -> None:
             f"{show_key(node.key)} has {len(node.detail[1])} axes: HDF5 holds at most "
             f"{_MOST_AXES}. Reshape it, or save a pickle (use_binary_format=False)."
         )
+    if len(escape(node.key[-1] if node.key else 0).encode()) > _LONGEST_NAME:
+        raise StateDictError(
+            f"{show_key(node.key)[:80]}... is too long for a name in HDF5: at most "
+            f"{_LONGEST_NAME} bytes"
+        )
     try:
-        "".join(part for part in node.key if isinstance(part, str)).encode()
         if node.kind == "object":
             to_json(pickle.loads(node.detail))  # noqa: S301 - of this rank's own making
-    except UnicodeEncodeError as exc:
-        raise StateDictError(
-            f"{show_key(node.key)} is no valid Unicode: HDF5 cannot name it"
-        ) from exc
     except TypeError as exc:
         raise StateDictError(
             f"{show_key(node.key)} is of type {node.type_name}: HDF5 holds arrays, "
@@ -285,7 +287,7 @@ def _readable(value: Any) -> Any:
         value = value.item()
     if isinstance(value, int) and value.bit_length() < _MOST_BITS:
         return value
-    return value if isinstance(value, float) else to_json(value)
+    return value if isinstance(value, (float, str)) else to_json(value)
 
 
 # Python reads no decimals of more than 4,300 digits.

@@ -20,6 +20,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
 from mpisave.checksum import crc32c
 from mpisave.errors import FileFormatError, Key, show_key
@@ -29,8 +31,6 @@ from mpisave.tree import Node, rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import numpy as np
 
     from mpisave.formats.base import Layout
     from mpisave.metadata import Merged
@@ -201,37 +201,80 @@ def decode(tail: bytes, container: str) -> Index:
             tuple(_node(*node) for node in content["nodes"]),
         )
         _check(index, container)
-    except (KeyError, TypeError, IndexError, ValueError, RecursionError) as exc:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as exc:
         raise FileFormatError(f"the index makes no sense: {exc}") from exc
     return index
 
 
 def _node(key: list[str | int], kind: str, *detail: Any) -> Node:
     where = tuple(key)
+    if any(type(part) not in (str, int) for part in where):
+        raise ValueError(f"{where} is no key")
     if kind == "array":
-        name, shape, offset, nbytes, checksum = detail
-        extent = Extent(offset, nbytes)
-        stored = Stored(where, dtype_from_name(name), tuple(shape), extent, checksum)
-        itemsize = stored_dtype(stored.dtype).itemsize
-        if min(shape, default=0) < 0 or math.prod(shape) * itemsize != nbytes:
-            raise ValueError(f"{show_key(where)} of shape {shape} has {nbytes} bytes")
-        return Node(where, "leaf", stored)
+        return Node(where, "leaf", _stored(where, *detail))
     if kind == "object":
         return Node(where, "leaf", from_json(detail[0]))
     if kind == "opaque":
         return Node(where, "leaf", Opaque(str(detail[0])))
-    if kind not in ("dict", "list", "tuple"):
-        raise ValueError(f"{show_key(where)} is of the unknown kind {kind!r}")
-    return Node(where, kind, detail[0])  # type: ignore[arg-type]
+    if kind == "dict" and detail == (None,):
+        return Node(where, "dict", None)
+    if kind in ("list", "tuple"):
+        return Node(where, kind, _whole(detail[0]))  # type: ignore[arg-type]
+    raise ValueError(f"{show_key(where)} is of the unknown kind {kind!r}")
+
+
+def _stored(
+    key: Key, name: str, shape: list[int], offset: int, nbytes: int, checksum: int
+) -> Stored:
+    dtype = dtype_from_name(name)
+    extent = Extent(_whole(offset), _whole(nbytes))
+    if math.prod(map(_whole, shape)) * stored_dtype(dtype).itemsize != nbytes:
+        raise ValueError(f"{show_key(key)} of shape {shape} has {nbytes} bytes")
+    # No memory is taken: NumPy's own limits on axes and sizes.
+    np.broadcast_to(np.empty((), dtype), tuple(shape))
+    return Stored(key, dtype, tuple(shape), extent, _whole(checksum))
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no number of bytes or items")
+    return number
 
 
 def _check(index: Index, container: str) -> None:
     """Refuse an index that does not fit its file, before anything is allocated."""
     if index.container != container:
         raise ValueError(f"it is that of a {index.container} file, in a {container}")
+    _check_tree(index.nodes)
     extents = [n.value.extent for n in index.nodes if isinstance(n.value, Stored)]
     stop = 0
     for extent in sorted(extents, key=lambda e: (e.offset, e.nbytes)):
         if extent.offset < stop or extent.stop > index.nbytes:
             raise ValueError(f"{extent} overlaps another, or what follows payload")
         stop = extent.stop
+
+
+def _check_tree(nodes: Sequence[Node]) -> None:
+    """Refuse nodes that are no state: without a container, twice, out of order."""
+    if not nodes or nodes[0].key:
+        raise ValueError("the state itself is not the first node")
+    kinds: dict[Key, str] = {}
+    items: dict[Key, list[int]] = {}  # how many there were, and are to be
+    for key, kind, value in nodes:
+        if key in kinds:
+            raise ValueError(f"{show_key(key)} is there twice")
+        kinds[key] = kind
+        if kind in ("list", "tuple"):
+            items[key] = [0, value]
+        if not key:
+            continue
+        above = kinds.get(key[:-1], "missing")
+        if above in ("missing", "leaf"):
+            raise ValueError(f"{show_key(key)} lies in no container")
+        if above != "dict":
+            if type(key[-1]) is not int or key[-1] != items[key[:-1]][0]:
+                raise ValueError(f"{show_key(key)} is out of order")
+            items[key[:-1]][0] += 1
+    for key, (found, expected) in items.items():
+        if found != expected:
+            raise ValueError(f"{show_key(key)} has not as many items as it says")

@@ -25,7 +25,12 @@ def to_json(value: object) -> Json:
     if isinstance(value, (np.str_, np.bytes_)):
         value = value.item()  # with no dtype of its own, a string like any other
     kind = type(value)
-    if value is None or kind in (bool, str):
+    if value is None or kind is bool:
+        return value
+    if isinstance(value, str) and kind is str:
+        # JSON joins two lone surrogates to one character.
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return {"str": value.encode("utf-8", "surrogatepass").hex()}
         return value
     if kind is int:
         # Python refuses to read decimals of more than 4,300 digits.
@@ -55,6 +60,8 @@ def from_json(data: Json) -> Any:
     if isinstance(data, dict) and len(data) == 1:
         ((kind, content),) = data.items()
         try:
+            if kind == "str":
+                return bytes.fromhex(content).decode("utf-8", "surrogatepass")
             if kind == "int":
                 return int(content, 16)
             if kind == "float":

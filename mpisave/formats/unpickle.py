@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -71,6 +71,8 @@ class _Dtype:
 class _NewArray:
     """An array that waits for its state."""
 
+    memo: list[int] = field(default_factory=list)  # where the memo has it
+
 
 class _Reader:
     """The file as pickletools reads it: never more than there is."""
@@ -104,7 +106,7 @@ def unpickle(source: Source) -> Any:
         If it is torn, or asks for anything but arrays, containers and scalars. The
         global or opcode is named, with its offset.
     """
-    machine = _Machine()
+    machine = _Machine(source.nbytes)
     reader = _Reader(source, 0)
     try:
         for opcode, argument, offset in pickletools.genops(reader):  # type: ignore[arg-type]
@@ -134,7 +136,9 @@ def _step(machine: _Machine, name: str, argument: Any, offset: int) -> bool:
 class _Machine:
     """The stack and the memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        # Bytes that arrays may have: a reference to bytes costs the file next to none.
+        self._left = nbytes
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._checked: dict[
@@ -163,7 +167,10 @@ class _Machine:
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = self._top()
+            number = len(self._memo) if name == "MEMOIZE" else argument
+            self._memo[number] = top = self._top()
+            if isinstance(top, _NewArray):
+                top.memo.append(number)
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self._memo[argument])
         elif name == "STOP":
@@ -267,7 +274,13 @@ class _Machine:
         meaning = _MEANING.get(str(function))
         if meaning is None:
             raise FileFormatError(f"{function} is called, which is refused")
-        self._stack.append(meaning(*arguments))
+        self._push_made(meaning(*arguments))
+
+    def _push_made(self, made: Any) -> None:
+        self._left -= getattr(made, "nbytes", 0)
+        if self._left < 0:
+            raise FileFormatError("the arrays have more bytes than the file")
+        self._stack.append(made)
 
     def _op_build(self, _: object) -> None:
         state = _of(tuple, self._pop())
@@ -277,9 +290,10 @@ class _Machine:
             self._stack.append(made)
         elif isinstance(made, _NewArray):
             array = _array_of_state(*state)
-            self._stack.append(array)
-            for number in [n for n, value in self._memo.items() if value is made]:
-                self._memo[number] = array
+            self._push_made(array)
+            for number in made.memo:
+                if self._memo[number] is made:
+                    self._memo[number] = array
         else:
             raise FileFormatError(f"BUILD on a {type(made).__name__} is refused")
 
@@ -382,7 +396,8 @@ def _dtype_with_state(dtype: np.dtype[Any], state: tuple[Any, ...]) -> np.dtype[
     plain = (None, None, None, -1, -1, 0)
     if state[0] != 3 or order not in ("<", ">", "|", "=") or state[2:8] != plain:
         raise FileFormatError(f"a dtype with the state {state!r:.80} is refused")
-    return dtype if order == "|" else dtype.newbyteorder(order)
+    # By its name, a dtype in the machine's order is the ordinary one.
+    return dtype if order == "|" else np.dtype(dtype.newbyteorder(order).str)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
