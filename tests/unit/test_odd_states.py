@@ -1,5 +1,6 @@
-"""Legal but odd: every state, file object and file is right or refused with a reason."""
+"""Legal but odd: states, file objects and files are right or refused with a reason."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -106,10 +107,8 @@ def test_foreign_pickle_takes_no_more_memory_than_a_few_times_its_length():
     data += dtype + b"0cnumpy\nndarray\nq\x020"
     data += b"h\x02J\x00\x00\x10\x00\x85h\x01h\x00\x87Ra" * 64 + b"."
     tracemalloc.start()
-    try:
+    with contextlib.suppress(FileFormatError):
         mpisave.load(io.BytesIO(data))
-    except FileFormatError:
-        pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
@@ -126,10 +125,8 @@ def test_file_object_whose_write_returns_nothing_does_not_hang():
                 raise SystemExit("asked to write the same bytes for ever")
             super().write(data)
 
-    try:
+    with contextlib.suppress(MpisaveError):
         mpisave.save({"w": np.zeros(2)}, Wrapper())
-    except MpisaveError:
-        pass
 
 
 def test_text_of_two_lone_surrogates_comes_back():
@@ -151,11 +148,9 @@ def test_digit_of_another_script_is_unescaped_to_itself(key):
 
 
 @pytest.mark.parametrize("ranks", [np.array([0]), np.array([0, 1])], ids=repr)
-def test_gather_to_that_is_an_array_is_taken_or_refused_by_name(ranks):
-    try:
+def test_gather_to_that_is_an_array_is_refused_by_name(ranks):
+    with pytest.raises(ArgumentError, match="gather_to"):
         mpisave.save({}, io.BytesIO(), gather_to=ranks)
-    except ArgumentError as exc:
-        assert "gather_to" in str(exc)
 
 
 def test_path_with_nul_is_refused_as_an_argument(tmp_path):
