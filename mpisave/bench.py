@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,11 +193,6 @@ def bench_gather(comm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                     comm.Barrier()
                     if repeat:  # the first one warms up
                         times[name].append(time.perf_counter() - began)
-                    # mpisave frees a replaced file beside its caller: not in the
-                    # time of the next side.
-                    for thread in threading.enumerate():
-                        if thread is not threading.main_thread():
-                            thread.join()
             rows += _rows(times, sides.nbytes, comm.size)
     return rows
 

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import secrets
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -165,11 +164,7 @@ class StagedFile:
         """Rename to the final name, and make the rename durable."""
         with _naming("publish", self.name):
             self._close()
-            replaced = _held_open(self._final)
-            try:
-                self._staging.replace(self._final)
-            finally:
-                _close_later(replaced)
+            self._staging.replace(self._final)
             self._published = True
             directory = os.open(self._final.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -189,25 +184,6 @@ class StagedFile:
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
             os.close(descriptor)
-
-
-def _held_open(path: Path) -> int | None:
-    """Open what is about to be replaced, so that renaming need not free it."""
-    with contextlib.suppress(OSError):
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    return None
-
-
-def _close_later(descriptor: int | None) -> None:
-    """Free what was replaced beside the caller's work.
-
-    A file system takes about 0.1 s a GiB for it, a fifth of a save to memory (see
-    docs/performance.md).
-    """
-    if descriptor is not None:
-        threading.Thread(
-            target=os.close, args=(descriptor,), name="mpisave frees a file"
-        ).start()
 
 
 class FileObject:
