@@ -13,7 +13,8 @@ from mpisave.errors import (
     UnknownArgumentError,
 )
 from mpisave.loading import load
-from mpisave.saving import SaveReport, save
+from mpisave.report import SaveReport
+from mpisave.saving import save
 from mpisave.state_types import StateType, register_state_type
 
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 from dataclasses import dataclass
@@ -81,14 +82,19 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     state_type = given["state_type"]
     if state_type is not None:
         handler_of(state_type)
+        state_type = str.__str__(state_type)
     elif roots is not None and size > 1:
         raise ArgumentError(
             "state_type is None: say 'params' or 'opt' when gathering from "
             f"{size} ranks"
         )
-    has_file = hasattr(path, "write") and hasattr(path, "seek")
+    has_file = all(hasattr(path, n) for n in ("write", "seek", "tell", "truncate"))
+    if has_file and isinstance(path, io.TextIOBase):
+        raise ArgumentError(f"path is a {type(path).__name__}: open it in binary mode")
     is_name = isinstance(path, (str, os.PathLike))
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if isinstance(text, str):
+        text = str.__str__(text)  # of a subclass, which other ranks may not know
     if is_name and not (isinstance(text, str) and text and "\0" not in text):
         raise ArgumentError(
             f"path is {path!r}: it is a non-empty str or os.PathLike, without NUL"
@@ -152,7 +158,7 @@ def parse_max_grouped_size(value: object) -> int:
     if type(value) is int and value > 0:
         return value
     if isinstance(value, str):
-        found = re.fullmatch(r"([0-9]+)([KMG])", value, flags=re.ASCII)
+        found = re.fullmatch(r"([0-9]{1,18})([KMG])", value, flags=re.ASCII)
         if found and int(found[1]) > 0:
             return int(found[1]) * _UNITS[found[2]]
     raise ArgumentError(

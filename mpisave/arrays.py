@@ -68,6 +68,7 @@ class HeldArray:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     on_device: bool
+    name: str = ""  # its key, for errors
 
     @property
     def nbytes(self) -> int:

@@ -2,16 +2,18 @@
 
 A step runs an action on every rank and then exchanges what came of it. When it failed
 anywhere, it raises everywhere, with the ranks and hosts on which it failed: nobody goes
-on to wait for a rank that has given up. Actions must not communicate.
+on to wait for a rank that has given up. Actions must not communicate, but for the
+moving of payload, which keeps all ranks in step by itself.
 """
 
 from __future__ import annotations
 
+import pickle
 import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from mpisave.errors import CollectiveError, Failure, LaunchError, collective_class
 
@@ -39,6 +41,10 @@ class Comm(Protocol):
         """Return the objects of all ranks."""
         ...
 
+    def bcast(self, obj: Any, root: int = 0) -> Any:
+        """Return the root's object."""
+        ...
+
     def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None:
         """Return the objects of all ranks, on the root."""
         ...
@@ -58,6 +64,10 @@ class SoloComm:
         """Return the one value there is."""
         return [sendobj]
 
+    def bcast(self, obj: T, root: int = 0) -> T:  # noqa: ARG002
+        """Return the one value there is."""
+        return obj
+
     def gather(self, sendobj: T, root: int = 0) -> list[T]:  # noqa: ARG002
         """Return the one value there is."""
         return [sendobj]
@@ -70,27 +80,43 @@ class SoloComm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome(Generic[T]):
-    """What came of an action on one rank: a result, or an error as text.
+class _Outcome:
+    """What came of an action on one rank, ready to travel.
 
-    Exceptions travel as text since they may not pickle.
+    Results are pickled within the step, so that one that does not pickle is a failure
+    like any other; exceptions, which may not pickle, travel as text.
     """
 
-    result: T | None = None
+    result: bytes = b""
     error: type[CollectiveError] | None = None
     failure: Failure | None = None
 
 
-def _run(comm: Comm, action: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:
+def _run(
+    comm: Comm, action: Callable[[], T], *, travels: bool
+) -> tuple[_Outcome, T | None, BaseException | None]:
+    """Run an action; return what to tell the others, its result, what it raised."""
     try:
-        return _Outcome(action()), None
-    except Exception as exc:  # noqa: BLE001 - whatever it is, all must hear of it
-        failure = Failure(comm.rank, socket.gethostname(), type(exc).__name__, str(exc))
-        return _Outcome(error=collective_class(exc), failure=failure), exc
+        result = action()
+        return _Outcome(pickle.dumps(result) if travels else b""), result, None
+    except BaseException as exc:  # noqa: BLE001 - whatever it is, all must hear of it
+        try:
+            text = str(exc)
+        except Exception:  # noqa: BLE001 - of a class that is broken itself
+            text = "(its text cannot be had)"
+        number = exc.errno if isinstance(exc, OSError) else None
+        kind = type(exc).__name__
+        failure = Failure(comm.rank, socket.gethostname(), kind, text, number)
+        return _Outcome(error=collective_class(exc), failure=failure), None, exc
 
 
-def _failed(step: str, size: int, outcomes: Sequence[_Outcome[Any]]) -> CollectiveError:
-    """Return the one error that stands for all failures of a step."""
+def _raise_failed(
+    step: str,
+    size: int,
+    outcomes: Sequence[_Outcome],
+    exc: BaseException | None,
+) -> NoReturn:
+    """Raise the one error that stands for all failures of a step."""
     failed = [o for o in outcomes if o.failure]
     failures = {o.failure.rank: o.failure for o in failed if o.failure}
     texts = {f.message for f in failures.values()}
@@ -105,7 +131,12 @@ def _failed(step: str, size: int, outcomes: Sequence[_Outcome[Any]]) -> Collecti
     else:
         lines = "".join(f"\n  {f}" for f in failures.values())
         message = f"{step} failed on {len(failures)} rank(s):{lines}"
-    return kind(message, step=step, failures=failures)
+    if exc is not None and not isinstance(exc, Exception):
+        raise exc  # KeyboardInterrupt, SystemExit: here it stays what it is
+    error = kind(message, step=step, failures=failures)
+    if isinstance(error, OSError):
+        error.errno = first.errno
+    raise error from exc
 
 
 def exchange(comm: Comm, step: str, action: Callable[[], T]) -> list[T]:
@@ -116,11 +147,12 @@ def exchange(comm: Comm, step: str, action: Callable[[], T]) -> list[T]:
     CollectiveError
         On every rank, if `action` raised on any; of the subclass that was raised.
     """
-    outcome, exc = _run(comm, action)
+    outcome, _, exc = _run(comm, action, travels=True)
     outcomes = comm.allgather(outcome)
     if any(o.failure for o in outcomes):
-        raise _failed(step, comm.size, outcomes) from exc
-    return [o.result for o in outcomes]
+        _raise_failed(step, comm.size, outcomes, exc)
+    # Pickles that ranks of this job just made.
+    return [pickle.loads(o.result) for o in outcomes]
 
 
 def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
@@ -128,13 +160,11 @@ def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
 
     As `exchange`, but results stay where they are.
     """
-    outcome, exc = _run(comm, action)
-    # A result may be large, or may not pickle: only the outcome travels.
-    bare: _Outcome[Any] = _Outcome(error=outcome.error, failure=outcome.failure)
-    outcomes = comm.allgather(bare if exc else None)
+    outcome, result, exc = _run(comm, action, travels=False)
+    outcomes = comm.allgather(outcome if exc else None)
     if any(outcomes):
-        raise _failed(step, comm.size, [o for o in outcomes if o]) from exc
-    return outcome.result  # type: ignore[return-value]
+        _raise_failed(step, comm.size, [o for o in outcomes if o], exc)
+    return result  # type: ignore[return-value]
 
 
 def through_coordinator(
@@ -165,24 +195,28 @@ def through_coordinator(
     CollectiveError
         On every rank, if `action` raised on any, or `combine` on the coordinator.
     """
-    outcome, exc = _run(comm, action)
+    outcome, _, exc = _run(comm, action, travels=True)
     outcomes = comm.gather(outcome, root=root)
-    answers: list[tuple[U | None, list[_Outcome[Any]]]] | None = None
+    answers: list[tuple[bytes, list[_Outcome]]] | None = None
     if outcomes is not None:
         failed = [o for o in outcomes if o.failure]
         if not failed:
-            merged, exc = _run(
-                comm, lambda: list(combine([o.result for o in outcomes]))
+            merged, parts, exc = _run(
+                comm,
+                lambda: [
+                    pickle.dumps(part)
+                    for part in combine([pickle.loads(o.result) for o in outcomes])
+                ],
+                travels=False,
             )
             failed = [merged] if merged.failure else []
-            answers = [(part, failed) for part in merged.result or ()]
+            answers = [(part, failed) for part in parts or ()]
         if failed:
-            answers = [(None, failed)] * comm.size
-    part: U
+            answers = [(b"", failed)] * comm.size
     part, failed = comm.scatter(answers, root=root)
     if failed:
-        raise _failed(step, comm.size, failed) from exc
-    return part
+        _raise_failed(step, comm.size, failed, exc)
+    return pickle.loads(part)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -218,6 +252,8 @@ def _keyval() -> int:
     return _KEYVAL[0]
 
 
+# Set for each rank by PMIx, PMI, Flux, HPE's PALS, IBM's jsrun: MPI knows the rest.
+_RANK = ("PMIX_RANK", "PMI_RANK", "FLUX_TASK_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK")
 # Set by the launchers of Open MPI, of MPICH and Slurm's PMI, of MVAPICH.
 _WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -245,7 +281,7 @@ def is_under_mpi(environ: Mapping[str, str]) -> bool:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         return True
-    return launched_tasks(environ)[0] > 1
+    return launched_tasks(environ)[0] > 1 or any(n in environ for n in _RANK)
 
 
 def check_launch(world_size: int, environ: Mapping[str, str]) -> None:

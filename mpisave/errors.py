@@ -14,8 +14,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Where something stands in a nested state: dict keys and list indices, from the top.
 Key: TypeAlias = "tuple[str | int, ...]"
@@ -29,6 +33,7 @@ class Failure:
     host: str
     kind: str  # name of the exception's type
     message: str
+    errno: int | None = None  # of an OSError
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}): {self.kind}: {self.message}"
@@ -94,10 +99,27 @@ class FileFormatError(MpisaveError, ValueError):
 
 
 def collective_class(exc: BaseException) -> type[CollectiveError]:
-    """Return the class under which `exc` of one rank is raised on every rank."""
-    if isinstance(exc, CollectiveError):
-        return type(exc)
+    """Return the class under which `exc` of one rank is raised on every rank.
+
+    One of this module, since other ranks may not know a class of the caller's.
+    """
+    for kind in type(exc).__mro__:
+        if issubclass(kind, CollectiveError) and kind.__module__ == __name__:
+            return kind
     return StorageError if isinstance(exc, OSError) else CollectiveError
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the key of an array in front of what is raised while it is moved."""
+    try:
+        yield
+    except Exception as exc:
+        kind = collective_class(exc)
+        error = kind(f"{name}: {exc}" if kind is type(exc) else f"{name}: {exc!r}")
+        if isinstance(error, OSError) and isinstance(exc, OSError):
+            error.errno = exc.errno
+        raise error from exc
 
 
 def show_key(key: Key) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PICKLE_PROTO = b"\x80"
+# PROTO and its number, SHORT_BINBYTES and its length, and the mark itself.
+_MARK_STOP = 4 + len(pkl.MARK)
 
 
 def load(path: str | os.PathLike[str] | BinaryIO, *, verify: bool = True) -> Any:
@@ -79,7 +81,7 @@ def _load(source: Source, *, verify: bool) -> Any:
             "an HDF5 file without the index of mpisave at its end: it is torn, or was "
             "changed after it was saved, or another program wrote it. h5py opens it."
         )
-    if pkl.MARK in head:
+    if pkl.MARK in head[:_MARK_STOP]:
         raise FileFormatError(
             "a pickle of mpisave without an index at its end: it is torn or altered"
         )

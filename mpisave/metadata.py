@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pickle
@@ -20,6 +21,9 @@ Kind: TypeAlias = Literal["dict", "list", "tuple", "array", "object"]
 
 # Protocol 3 has no frames: the bytes can be put into any pickle as they are.
 OBJECT_PROTOCOL = 3
+
+# They pass through the memory of the coordinator, all at once, beside the cap.
+LARGEST_OBJECT_NBYTES = 2**20
 
 
 class Described(NamedTuple):
@@ -61,7 +65,7 @@ def describe(
         except Exception as exc:  # of any library whose arrays these are
             raise StateDictError(f"{show_key(key)}: {exc}") from exc
         if array is not None:
-            held.append(array)
+            held.append(dataclasses.replace(array, name=show_key(key)))
             detail: Any = (dtype_name(array.dtype), array.shape)
             described.append(Described(key, "array", detail))
         else:
@@ -89,6 +93,13 @@ def _dump(key: Key, value: object) -> bytes:
             f"{show_key(key)} of type {_type_name(value)} cannot be saved: it is no "
             f"array, and cannot be pickled ({type(exc).__name__}: {exc})"
         ) from exc
+    nbytes = buffer.tell()
+    if nbytes > LARGEST_OBJECT_NBYTES:
+        raise StateDictError(
+            f"{show_key(key)} of type {_type_name(value)} has {nbytes} bytes: small "
+            f"objects have at most {LARGEST_OBJECT_NBYTES}. Save it as an array: "
+            f"numpy.frombuffer(value, numpy.uint8) for bytes."
+        )
     return buffer.getvalue()
 
 

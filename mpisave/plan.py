@@ -49,21 +49,22 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """How the cap of a root is spent: two round buffers, and scratch. In bytes."""
+    """How the cap of a root is spent. In bytes."""
 
     round_nbytes: int
     scratch_nbytes: int
 
 
-def buffers(max_nbytes: int) -> Buffers:
+def buffers(max_nbytes: int, roots: int = 1) -> Buffers:
     """Return the buffer sizes that together keep within `max_nbytes` of one root.
 
-    Two rounds are in memory at a time: one travels while the other is written. A cap
-    below 4 bytes counts as 4.
+    Two rounds are in memory at a time: one travels while the other is written. A root
+    beside others also sends, and packs up to one more. A cap below 4 bytes counts as 4.
     """
-    scratch = min(SCRATCH_NBYTES, max(max_nbytes, 4) // 4)
-    half = (max(max_nbytes, 4) - scratch) // 2
-    return Buffers(min(half, ROUND_NBYTES, MAX_COUNT), scratch)
+    cap = max(max_nbytes, 4)
+    scratch = min(SCRATCH_NBYTES, cap // 4)
+    share = (cap - scratch) // (2 if roots == 1 else 3)
+    return Buffers(min(share, ROUND_NBYTES, MAX_COUNT), scratch)
 
 
 def owner(holders: Collection[int], root: int) -> int:

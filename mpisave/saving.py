@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import os
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
 from mpisave.metadata import Described, Merged, describe, merge
 from mpisave.plan import buffers, owner, streams
+from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
 from mpisave.storage import FileObject, StagedFile, sees_staging_file
 from mpisave.transport.base import Incoming, Moved, Route
@@ -36,92 +37,23 @@ from mpisave.transport.gather import Gather
 from mpisave.tree import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from typing import BinaryIO
 
     from mpi4py import MPI
 
     from mpisave.arrays import HeldArray
     from mpisave.formats.base import Format, Layout
+    from mpisave.plan import Extent
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save did. Alike on every rank, but for the last two of `seconds`.
-
-    Where each rank saved alone, each reports on its own file.
-
-    Attributes
-    ----------
-    paths : tuple of str
-        The files that were written, in the order of the ranks that wrote them.
-    nbytes : int
-        Bytes of one file.
-    payload_nbytes : int
-        Bytes of the arrays in it.
-    seconds : dict of str to float
-        Wall time of each step on the first rank that wrote. ``"gather"`` (in Gatherv)
-        and ``"write"`` overlap within ``"move"``. ``"publish"`` and ``"total"`` are of
-        this rank.
-    step_nbytes : dict of str to int
-        Bytes that came by ``"gather"``, and that were put by ``"write"``.
-    rounds : int
-        Calls of Gatherv for one file.
-    transport : str
-        ``"gather (host)"``, or ``"none"`` where nothing had to move.
-    """
-
-    paths: tuple[str, ...]
-    nbytes: int
-    payload_nbytes: int
-    seconds: dict[str, float]
-    step_nbytes: dict[str, int]
-    rounds: int
-    transport: str
-
-    @property
-    def path(self) -> str:
-        """The first file that was written."""
-        return self.paths[0]
-
-    def __str__(self) -> str:
-        total = self.seconds["total"]
-        steps = ", ".join(
-            f"{name} {seconds:.3f} s"
-            for name, seconds in self.seconds.items()
-            if name != "total"
-        )
-        return (
-            f"{', '.join(self.paths)}: {self.nbytes} bytes in {total:.3f} s "
-            f"({self.nbytes / 1e9 / max(total, 1e-9):.2f} GB/s), transport "
-            f"{self.transport}, {self.rounds} rounds ({steps})"
-        )
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Wall time of the steps on this rank."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - began
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     """What one rank is to do, by root in ascending order."""
 
-    totals: list[np.ndarray[Any, np.dtype[np.int64]]]
     outgoing: list[list[int]]  # arrays of this rank, in the order of its state
     merged: Merged | None  # on roots only
 
@@ -184,7 +116,7 @@ def save(
         last step fails. UnknownArgumentError is a TypeError. A `comm` that is none is
         refused on the rank that gave it: there is nothing to tell the others by.
     """
-    clock = _Clock()
+    clock = Clock()
     given = {
         "protocol": protocol,
         "use_binary_format": use_binary_format,
@@ -240,7 +172,7 @@ class _Call:
     """One call of save on one rank: its arguments, and the file that it writes."""
 
     def __init__(
-        self, own: Comm, path: object, given: dict[str, Any], clock: _Clock
+        self, own: Comm, path: object, given: dict[str, Any], clock: Clock
     ) -> None:
         self.own = own
         self.clock = clock
@@ -252,9 +184,9 @@ class _Call:
         self.comm: Comm = SoloComm() if self.is_alone else own
         self.roots = (0,) if self.args.roots is None else self.args.roots
         on_all_ranks(own, "check arguments", lambda: self._check(every))
-        self.paths = [
-            arguments.filled_path(r) for r, (arguments, _) in enumerate(every)
-        ]
+        # Where each rank that writes does so, links resolved; None for a file object.
+        self.paths = [path for _, path in every]
+        self.name = self.args.filled_path(own.rank)
         self.format: Format = (
             HDF5Format()
             if self.args.use_binary_format
@@ -265,6 +197,9 @@ class _Call:
         self.layout: Layout | None = None
         self.merged: Merged | None = None
         self.writers: tuple[int, ...] = ()
+        # Bytes of the stream of each rank to each root.
+        self.totals = np.zeros((0, 0), np.int64)
+        self.transport: Gather | None = None
 
     def _facts(self) -> dict[str, str]:
         import mpisave
@@ -277,7 +212,9 @@ class _Call:
     def _parse(self, given: dict[str, Any]) -> tuple[Arguments, str | None]:
         arguments = parse(self.path, self.own.size, given)
         path = arguments.filled_path(self.own.rank)
-        return arguments, None if path is None else os.path.realpath(path)
+        writes = arguments.roots is None or self.own.rank in arguments.roots
+        # Only ranks that write touch the file system.
+        return arguments, os.path.realpath(path) if path and writes else None
 
     def _check(self, every: Sequence[tuple[Arguments, str | None]]) -> None:
         check_alike([arguments for arguments, _ in every])
@@ -306,9 +243,11 @@ class _Call:
         """Return this rank's part of what all ranks hold together."""
         if self.is_alone:
             return on_all_ranks(self.own, "plan", lambda: self._plan([described])[0])
-        return through_coordinator(
+        part = through_coordinator(
             self.own, "plan", lambda: described, self._plan, root=self.roots[0]
         )
+        self.totals = self.own.bcast(self.totals, root=self.roots[0])
+        return part
 
     def _plan(self, descriptions: list[list[Described]]) -> list[_Part]:
         """Return the part of each rank. On the coordinator."""
@@ -316,20 +255,16 @@ class _Call:
         self._warn_of_opaque(merged)
         size = len(descriptions)
         parts: list[_Part] = [
-            _Part([], [], merged if rank in self.roots else None)
-            for rank in range(size)
+            _Part([], merged if rank in self.roots else None) for rank in range(size)
         ]
         nbytes = [entry.nbytes for entry in merged.entries]
         ordinals = [dict(entry.holders) for entry in merged.entries]
-        for root in self.roots:
+        self.totals = np.zeros((len(self.roots), size), np.int64)
+        for totals, root in zip(self.totals, self.roots, strict=True):
             supplied = streams([owner(o, root) for o in ordinals], size)
-            totals = np.array(
-                [sum(nbytes[e] for e in entries) for entries in supplied], np.int64
-            )
-            totals[root] = 0
             for rank, (part, entries) in enumerate(zip(parts, supplied, strict=True)):
-                part.totals.append(totals)
                 sends = entries if rank != root else []
+                totals[rank] = sum(nbytes[e] for e in sends)
                 part.outgoing.append([ordinals[e][rank] for e in sends])
         return parts
 
@@ -363,15 +298,16 @@ class _Call:
             names = exchange(
                 self.own,
                 "create the staging file",
-                lambda: self._create() if self.own.rank in first.values() else None,  # noqa: B023
+                self._create if self.own.rank in first.values() else lambda: None,
             )
             writers += first.values()
             waiting = [root for root in waiting if root not in first.values()]
             if waiting:
+                ahead = {root: names[first[self.paths[root]]] for root in waiting}
                 seen = exchange(
                     self.own,
                     "look for the staging file",
-                    lambda: self._sees(names[first[self.paths[self.own.rank]]]),  # noqa: B023
+                    functools.partial(self._sees, ahead.get(self.own.rank)),
                 )
                 waiting = [root for root in waiting if not seen[root]]
         self.writers = tuple(sorted(writers))
@@ -379,18 +315,18 @@ class _Call:
     def _create(self) -> str | None:
         if self.comm.rank not in self.roots:
             return None
-        path = self.paths[self.own.rank]
-        if path is None:
+        if self.name is None:
             self.target = FileObject(self.path)  # type: ignore[arg-type]
             self.target.check(must_begin=self.args.use_binary_format)
             return None
-        staged = StagedFile(path)
+        staged = StagedFile(self.name)
         self.target = staged
         return staged.staging_name
 
-    def _sees(self, name: str | None) -> bool:
-        path = self.paths[self.own.rank]
-        return bool(name and path) and sees_staging_file(str(path), str(name))
+    def _sees(self, staging_name: str | None) -> bool:
+        if self.name is None or staging_name is None:
+            return False
+        return sees_staging_file(self.name, staging_name)
 
     def _lay_out(self, part: _Part) -> None:
         if self.target is None or part.merged is None:
@@ -406,24 +342,28 @@ class _Call:
         routes = [
             Route(
                 root,
-                part.totals[number],
+                self.totals[number],
                 [held[ordinal] for ordinal in part.outgoing[number]],
                 self._incoming(held) if self.comm.rank == root else None,
             )
             for number, root in enumerate(self.roots)
             if root in self.writers
         ]
-        sizes = buffers(self.args.max_nbytes)
-        transport = on_all_ranks(
-            self.own, "allocate buffers", lambda: Gather(self.comm, routes, sizes)
-        )
+        sizes = buffers(self.args.max_nbytes, len(routes))
+
+        def allocate() -> Gather:
+            self.transport = Gather(self.comm, routes, sizes)
+            return self.transport
+
+        transport = on_all_ranks(self.own, "allocate buffers", allocate)
         return on_all_ranks(self.own, "gather and write", transport.move)
 
     def _incoming(self, held: list[HeldArray]) -> Incoming | None:
         if self.target is None or self.layout is None or self.merged is None:
             return None
         root = self.comm.rank
-        extents: list[list[Any]] = [[] for _ in range(self.comm.size)]
+        extents: list[list[Extent]] = [[] for _ in range(self.comm.size)]
+        names: list[list[str]] = [[] for _ in range(self.comm.size)]
         own = []
         for entry, extent in zip(self.merged.entries, self.layout.extents, strict=True):
             ordinals = dict(entry.holders)
@@ -432,7 +372,8 @@ class _Call:
                 own.append((held[ordinals[rank]], extent))
             else:
                 extents[rank].append(extent)
-        return Incoming(self.target, extents, own)
+                names[rank].append(show_key(entry.key))
+        return Incoming(self.target, extents, names, own)
 
     def seal(self, moved: Moved) -> None:
         """Write the index, and make all of it durable."""
@@ -499,6 +440,8 @@ class _Call:
 
     def discard(self) -> None:
         """Leave nothing behind of a save that failed."""
+        if self.transport is not None:
+            self.transport.close()
         if self.target is not None:
             self.target.discard()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -195,7 +196,7 @@ class FileObject:
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = f"<{type(file).__name__}>"
-        if "a" in str(getattr(file, "mode", "")):
+        if _appends(file):
             raise StorageError(
                 f"cannot save to {self.name}: it is open for appending, and the system "
                 f"then ignores offsets. Open it with mode 'wb'."
@@ -203,6 +204,7 @@ class FileObject:
         self._file = file
         self._start = file.tell()
         self._stop = self._start
+        self._is_changed = False
 
     def check(self, *, must_begin: bool) -> None:
         """Refuse an object that stands where a file of the format cannot begin.
@@ -230,6 +232,7 @@ class FileObject:
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset` from where the object stood."""
         with _naming("write to", self.name):
+            self._is_changed = True
             self._file.seek(self._start + offset)
             while data.nbytes:
                 done = self._file.write(data)
@@ -250,14 +253,19 @@ class FileObject:
 
     def discard(self) -> None:
         """Cut the object back to where it stood."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.seek(self._start)
-            self._file.truncate()
+        # Whatever a class of the caller's raises: the save has failed for a reason.
+        with contextlib.suppress(Exception):
+            if self._is_changed:
+                self._file.seek(self._start)
+                self._file.truncate()
 
 
-def is_file_object(path: object) -> bool:
-    """Return whether `path` is something to write to, rather than a name."""
-    return hasattr(path, "write") and hasattr(path, "seek") and hasattr(path, "tell")
+def _appends(file: BinaryIO) -> bool:
+    """Return whether the system puts whatever is written at the end of the file."""
+    try:
+        return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_APPEND)
+    except (OSError, AttributeError):  # no file of the system
+        return "a" in str(getattr(file, "mode", ""))
 
 
 def sees_staging_file(path: str, staging_name: str) -> bool:
@@ -278,10 +286,10 @@ class Source:
     """
 
     def __init__(self, file: str | os.PathLike[str] | BinaryIO) -> None:
-        self._owned = isinstance(file, (str, os.PathLike))
-        if isinstance(file, (str, os.PathLike)):
-            self.name = os.fspath(file)
-            self._file: Any = Path(file).open("rb", buffering=0)  # noqa: SIM115
+        self._owned = isinstance(file, (str, bytes, os.PathLike))
+        if isinstance(file, (str, bytes, os.PathLike)):
+            self.name = os.fsdecode(file)
+            self._file: Any = Path(self.name).open("rb", buffering=0)  # noqa: SIM115
         else:
             self.name = f"<{type(file).__name__}>"
             self._file = file

@@ -19,8 +19,10 @@ class Incoming:
     """What a root receives, and what it writes itself."""
 
     target: Target
-    # For each rank, the extents of its stream, in the order in which it sends them.
+    # For each rank, the extents of its stream, in the order in which it sends them,
+    # and the keys of their arrays, for errors.
     extents: list[list[Extent]]
+    names: list[list[str]]
     own: list[tuple[HeldArray, Extent]]
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.checksum import crc32c
+from mpisave.errors import naming
 from mpisave.plan import Cursor, displacements, rounds
 from mpisave.transport.base import Moved
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpisave.arrays import Bytes
-    from mpisave.plan import Buffers
+    from mpisave.arrays import Bytes, HeldArray
+    from mpisave.plan import Buffers, Extent
     from mpisave.transport.base import Incoming, Route
 
 # Own arrays are written in blocks, so that a round that has arrived need not wait, and
@@ -58,18 +59,30 @@ class Gather:
         If there is no memory for the buffers of a root. Nothing was sent by then.
     """
 
-    name = "gather"
-
     def __init__(self, comm: Any, routes: Sequence[Route], sizes: Buffers) -> None:
         self._comm = comm
         self._routes = routes
-        self._ends = [
-            _Sender(comm, route)
-            if route.incoming is None
-            else _Root(comm, route, route.incoming, sizes)
-            for route in routes
-        ]
+        self._ends: list[_Sender | _Root] = []
+        # What this rank packs, for one root after the other.
+        largest = max((int(r.totals[comm.rank]) for r in routes), default=0)
+        packed: Bytes = np.empty(min(largest, sizes.round_nbytes), np.uint8)
+        try:
+            for route in routes:
+                incoming = route.incoming
+                self._ends.append(
+                    _Sender(comm, route, packed)
+                    if incoming is None
+                    else _Root(comm, route, incoming, sizes)
+                )
+        except BaseException:
+            self.close()
+            raise
         self._rounds = [rounds(route.totals, sizes.round_nbytes) for route in routes]
+
+    def close(self) -> None:
+        """End the threads of a call that came to nothing."""
+        for end in self._ends:
+            end.finish()
 
     def move(self) -> Moved:
         """Move all streams to their roots and write them. Collective.
@@ -91,8 +104,7 @@ class Gather:
         try:
             self._all_rounds(moved)
         finally:
-            for end in self._ends:
-                end.finish()
+            self.close()
         for route, end in zip(self._routes, self._ends, strict=True):
             checksums = self._comm.gather(end.checksums, root=route.root)
             if isinstance(end, _Root):
@@ -120,14 +132,14 @@ class Gather:
 class _Sender:
     """The end of a route that is not the root."""
 
-    def __init__(self, comm: Any, route: Route) -> None:
+    def __init__(self, comm: Any, route: Route, packed: Bytes) -> None:
         self._comm = comm
         self._root = route.root
         self._arrays = route.outgoing
         self._cursor = Cursor([array.nbytes for array in route.outgoing])
-        self._buffer: Bytes = np.empty(0, np.uint8)
+        self._packed = packed
         self.checksums = [0] * len(route.outgoing)
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def start(self) -> None:
         """Nothing runs beside the rounds."""
@@ -138,30 +150,29 @@ class _Sender:
     def round(self, counts: npt.NDArray[np.int64], _moved: Moved) -> None:
         """Send this rank's bytes of a round."""
         nbytes = int(counts[self._comm.rank])
+        data = self._packed[:nbytes]
         try:
-            data = self._next(nbytes)
-        except Exception as exc:  # noqa: BLE001 - told once the others have caught up
-            self.error = self.error or exc
-            data = np.zeros(nbytes, np.uint8)
+            if self.error is None:
+                data = self._next(nbytes)
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self.error = exc
         self._gatherv(data)
 
     def _next(self, nbytes: int) -> Bytes:
         window = self._cursor.take(nbytes)
-        if len(window) == 1:
-            item, start, part = window[0]
-            view = self._arrays[item].view(start, start + part)
-            if view is not None:
-                self.checksums[item] = crc32c(view, self.checksums[item])
-                return view
-        if self._buffer.size < nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
         done = 0
         for item, start, part in window:
-            out = self._buffer[done : done + part]
-            self._arrays[item].stage(start, out)
-            self.checksums[item] = crc32c(out, self.checksums[item])
+            array = self._arrays[item]
+            with naming(array.name):
+                view = array.view(start, start + part) if len(window) == 1 else None
+                if view is None:
+                    view = self._packed[done : done + part]
+                    array.stage(start, view)
+                self.checksums[item] = crc32c(view, self.checksums[item])
+            if len(window) == 1:
+                return view
             done += part
-        return self._buffer[:nbytes]
+        return self._packed[:nbytes]
 
     def _gatherv(self, data: Bytes) -> None:
         from mpi4py import MPI
@@ -191,8 +202,8 @@ class _Root:
         self._buffers_free = threading.Semaphore(len(self._free))
 
     @property
-    def error(self) -> Exception | None:
-        """What the writer met first."""
+    def error(self) -> BaseException | None:
+        """What was met first."""
         return self._writer.error
 
     @property
@@ -218,12 +229,8 @@ class _Root:
         moved.waited_s += time.perf_counter() - began
         moved.rounds += 1
         moved.nbytes += int(counts.sum())
-        windows = [
-            (rank, int(displs[rank]), self._cursors[rank].take(int(counts[rank])))
-            for rank in np.flatnonzero(counts).tolist()
-        ]
         self._writer.put(
-            lambda: self._write(buffer, windows), lambda: self._done(buffer)
+            lambda: self._write(buffer, counts, displs), lambda: self._done(buffer)
         )
 
     def _gatherv(
@@ -240,14 +247,20 @@ class _Root:
         self._comm.Gatherv(MPI.IN_PLACE, received, root=self._root)
 
     def _write(
-        self, buffer: Bytes, windows: list[tuple[int, int, list[tuple[int, int, int]]]]
+        self,
+        buffer: Bytes,
+        counts: npt.NDArray[np.int64],
+        displs: npt.NDArray[np.int64],
     ) -> None:
         data = buffer.data
-        for rank, displ, window in windows:
-            at = displ
-            for item, start, part in window:
-                offset = self._incoming.extents[rank][item].offset + start
-                self._incoming.target.write(offset, data[at : at + part])
+        for rank in np.flatnonzero(counts).tolist():
+            at = int(displs[rank])
+            for item, start, part in self._cursors[rank].take(int(counts[rank])):
+                extent = self._incoming.extents[rank][item]
+                with naming(self._incoming.names[rank][item]):
+                    self._incoming.target.write(
+                        extent.offset + start, data[at : at + part]
+                    )
                 at += part
 
     def _done(self, buffer: Bytes) -> None:
@@ -271,17 +284,22 @@ class _Root:
     def _write_own(self, block: list[tuple[int, int, int]]) -> None:
         for item, first, stop in block:
             array, extent = self._incoming.own[item]
-            start = first
-            while start < stop:
-                view = array.view(start, stop)
-                if view is None:
-                    if not self._scratch.size:
-                        self._scratch = np.empty(self._scratch_nbytes, np.uint8)
-                    view = self._scratch[: stop - start]
-                    array.stage(start, view)
-                self.checksums[item] = crc32c(view, self.checksums[item])
-                self._incoming.target.write(extent.offset + start, view.data)
-                start += view.size
+            with naming(array.name):
+                self._write_run(item, array, extent, first, stop)
+
+    def _write_run(
+        self, item: int, array: HeldArray, extent: Extent, start: int, stop: int
+    ) -> None:
+        while start < stop:
+            view = array.view(start, stop)
+            if view is None:
+                if not self._scratch.size:
+                    self._scratch = np.empty(self._scratch_nbytes, np.uint8)
+                view = self._scratch[: stop - start]
+                array.stage(start, view)
+            self.checksums[item] = crc32c(view, self.checksums[item])
+            self._incoming.target.write(extent.offset + start, view.data)
+            start += view.size
 
 
 class _Writer:
@@ -291,14 +309,19 @@ class _Writer:
         self._own: Iterator[Callable[[], None]] | None = own
         self._rounds: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._changed = threading.Condition()
+        self._began = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="mpisave writer")
         self.busy_s = 0.0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        # Started here, where a failure is told to all, and idle until `start`.
+        self._thread.start()
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Begin to write own arrays."""
+        with self._changed:
+            self._began = True
+            self._changed.notify()
 
     def put(self, write: Callable[[], None], done: Callable[[], None]) -> None:
         """Have `write` called soon, and `done` after it, whether it failed or not."""
@@ -313,32 +336,32 @@ class _Writer:
             self._changed.notify()
         self._thread.join()
 
+    def _next(self) -> tuple[Callable[[], None], Callable[[], None] | None] | None:
+        """Wait for something to write; return None when there is no more."""
+        with self._changed:
+            while not self._rounds and not (self._began and self._own):
+                if self._ended:
+                    return None
+                self._changed.wait()
+            return self._rounds.popleft() if self._rounds else (self._write_own, None)
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._rounds and self._own is None and not self._ended:
-                    self._changed.wait()
-                job = self._rounds.popleft() if self._rounds else None
-                if job is None and self._own is None:
-                    return
-            write, done = job or (self._next_own, None)
+        while (job := self._next()) is not None:
+            write, done = job
             began = time.perf_counter()
             try:
                 if self.error is None:
                     write()
-                else:
-                    self._own = None
-            except Exception as exc:  # noqa: BLE001 - told once all have caught up
+            except BaseException as exc:  # noqa: BLE001 - told once all have caught up
                 self.error = exc
-            finally:
-                self.busy_s += time.perf_counter() - began
-                if done:
-                    done()
+            if self.error is not None:
+                self._own = None
+            self.busy_s += time.perf_counter() - began
+            if done:
+                done()
 
-    def _next_own(self) -> None:
-        if self._own is None:
-            return
-        block = next(self._own, None)
+    def _write_own(self) -> None:
+        block = next(self._own, None) if self._own else None
         if block is None:
             self._own = None
         else:

@@ -1,9 +1,11 @@
 """A failure on one rank is raised on every rank, and nothing is lost or left."""
 
 import errno
+import io
 import os
 import pickle
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from helpers import assert_on_all_ranks, failing_on, files_in
 import mpisave
 from mpisave import arrays, saving, storage
 from mpisave.formats import hdf5, pkl
+from mpisave.transport import gather
 
 pytestmark = [
     pytest.mark.mpi,
@@ -460,3 +463,153 @@ def test_processes_that_do_not_know_each_other_are_refused(
         mpisave.save({"w": np.zeros(1)}, shared_dir / "x")
 
     assert files_in(shared_dir) == []
+
+
+class BrokenError(Exception):
+    def __str__(self):
+        raise ValueError("this exception has no text")
+
+
+class OddState(dict):
+    def items(self):
+        raise BrokenError
+
+
+@pytest.mark.parametrize("victim", [0, -1])
+def test_exception_without_a_text_is_raised_everywhere(comm, old, victim):
+    victim %= comm.size
+    state = OddState() if comm.rank == victim else state_of(comm.rank)
+
+    assert_refused(
+        comm, mpisave.CollectiveError, lambda: save(comm, old, state), "cannot be had"
+    )
+
+    assert_nothing_lost(comm, old)
+
+
+def test_error_of_a_class_of_the_callers_is_raised_everywhere(comm, old, monkeypatch):
+    class LocalError(mpisave.StateDictError):
+        def __init__(self, number):
+            super().__init__(f"number {number}")
+
+    class Picky:
+        def check(self, key, kind, type_name):
+            if comm.rank == comm.size - 1:
+                raise LocalError(7)
+
+    monkeypatch.setitem(mpisave.state_types._REGISTRY, "params", Picky())
+
+    assert_refused(comm, mpisave.StateDictError, lambda: save(comm, old), "number 7")
+
+    assert_nothing_lost(comm, old)
+
+
+def test_path_of_a_str_subclass_is_a_path(comm, old):
+    class Local(str):
+        __slots__ = ()
+
+    report = save(comm, Local(old))
+
+    assert_on_all_ranks(comm, type(report.path) is str, "a plain str")
+
+
+def test_interrupt_on_one_rank_stays_one_and_ends_the_save_of_all(
+    comm, old, monkeypatch
+):
+    last = comm.size - 1
+    with failing_on(comm, last, monkeypatch, saving, "flatten", KeyboardInterrupt()):
+        try:
+            save(comm, old)
+            caught = None
+        except BaseException as exc:
+            caught = exc
+
+    expected = KeyboardInterrupt if comm.rank == last else mpisave.CollectiveError
+    assert_on_all_ranks(comm, type(caught) is expected, f"{caught!r}")
+    assert_nothing_lost(comm, old)
+
+
+def test_writer_that_cannot_start_is_raised_everywhere(comm, old, monkeypatch):
+    error = RuntimeError("can't start new thread")
+    with failing_on(comm, 0, monkeypatch, gather.threading.Thread, "start", error):
+        caught = assert_refused(
+            comm, mpisave.CollectiveError, lambda: save(comm, old), "new thread", [0]
+        )
+
+    assert caught.step == "allocate buffers"
+    assert_nothing_lost(comm, old)
+    save(comm, old)
+    assert_on_all_ranks(comm, len(mpisave.load(old)) == comm.size + 1, "next save")
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("victim", [0, -1])
+def test_rank_without_memory_for_buffers_is_raised_everywhere(
+    comm, old, monkeypatch, victim
+):
+    victim %= comm.size
+    error = MemoryError("no buffer")
+    with failing_on(comm, victim, monkeypatch, gather.np, "empty", error):
+        caught = assert_refused(
+            comm,
+            mpisave.CollectiveError,
+            lambda: save(comm, old),
+            "no buffer",
+            [victim],
+        )
+
+    assert caught.step == "allocate buffers"
+    assert_nothing_lost(comm, old)
+    threads = [t.name for t in threading.enumerate() if "mpisave" in t.name]
+    assert_on_all_ranks(comm, not threads, f"threads left: {threads}")
+
+
+def test_writer_thread_that_is_ended_is_no_success(comm, old, monkeypatch):
+    if comm.rank == 0:
+        monkeypatch.setattr(
+            storage.os, "pwrite", fail_after(4, SystemExit(3), storage.os.pwrite)
+        )
+
+    with pytest.raises((mpisave.CollectiveError, SystemExit)):
+        save(comm, old)
+
+    monkeypatch.undo()
+    assert_nothing_lost(comm, old)
+
+
+def test_error_of_the_file_system_has_its_number_and_the_key(comm, old, monkeypatch):
+    if comm.rank == 0:
+        monkeypatch.setattr(
+            storage.os, "pwrite", fail_after(1, FULL, storage.os.pwrite)
+        )
+
+    caught = assert_refused(
+        comm, mpisave.StorageError, lambda: save(comm, old), "'w0': cannot write"
+    )
+
+    assert caught.errno == errno.ENOSPC
+
+
+def test_file_object_that_was_not_written_to_keeps_its_content(comm, monkeypatch):
+    buffer = io.BytesIO(b"the old state") if comm.rank == 0 else None
+    error = RuntimeError("no layout")
+    with failing_on(comm, 0, monkeypatch, pkl.PickleFormat, "layout", error):
+        assert_refused(
+            comm, mpisave.CollectiveError, lambda: save(comm, buffer), "no layout", [0]
+        )
+
+    assert_on_all_ranks(
+        comm, comm.rank or buffer.getvalue() == b"the old state", "content"
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_object_that_is_not_small_is_refused_by_key(comm, old):
+    state = {"blob": bytes(2**21)} if comm.rank else {}
+
+    assert_refused(
+        comm,
+        mpisave.StateDictError,
+        lambda: save(comm, old, state, state_type="opt"),
+        "'blob' of type bytes has",
+    )

@@ -14,7 +14,7 @@ ROWS = (
     ("arrays", "collective", "storage", "checksum"),
     ("tree", "metadata", "state_types"),
     # `arguments` asks `state_types` which names there are.
-    ("arguments", "plan"),
+    ("arguments", "plan", "report"),
     ("formats", "transport"),
     ("saving", "loading"),
     ("bench",),

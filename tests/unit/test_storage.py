@@ -15,7 +15,6 @@ from mpisave.storage import (
     FileObject,
     Source,
     StagedFile,
-    is_file_object,
     sees_staging_file,
 )
 
@@ -391,12 +390,6 @@ class TestFileObject:
             mpisave.save(STATE, buffer, use_binary_format=True)
 
         assert buffer.getvalue() == b"before"
-
-    def test_file_object_is_told_from_a_path(self, tmp_path):
-        assert is_file_object(io.BytesIO())
-        assert not is_file_object(tmp_path)
-        assert not is_file_object("x")
-        assert not is_file_object(None)
 
 
 class TestSource:
