@@ -578,10 +578,15 @@ def test_writer_thread_that_is_ended_is_no_success(comm, old, monkeypatch):
 
 
 def test_error_of_the_file_system_has_its_number_and_the_key(comm, old, monkeypatch):
+    pwrite = storage.os.pwrite
+
+    def full_for_large_writes(descriptor, data, offset):
+        if len(data) > 50_000:
+            raise FULL
+        return pwrite(descriptor, data, offset)
+
     if comm.rank == 0:
-        monkeypatch.setattr(
-            storage.os, "pwrite", fail_after(1, FULL, storage.os.pwrite)
-        )
+        monkeypatch.setattr(storage.os, "pwrite", full_for_large_writes)
 
     caught = assert_refused(
         comm, mpisave.StorageError, lambda: save(comm, old), "'w0': cannot write"
