@@ -193,6 +193,10 @@ def bench_gather(comm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                     comm.Barrier()
                     if repeat:  # the first one warms up
                         times[name].append(time.perf_counter() - began)
+                    # A new file each time, as a job writes one each epoch.
+                    if comm.rank == 0:
+                        for path in folder.iterdir():
+                            path.unlink()
             rows += _rows(times, sides.nbytes, comm.size)
     return rows
 

@@ -193,13 +193,13 @@ class _Root:
         self.checksums = [0] * len(incoming.own)
         self._scratch: Bytes = np.empty(0, np.uint8)
         self._scratch_nbytes = sizes.scratch_nbytes
-        self._writer = _Writer(self._own_blocks())
         total = int(route.totals.sum())
         largest = min(sizes.round_nbytes, total)
         self._free: deque[Bytes] = deque()
         for _ in range(2 if largest < total else 1):
             self._free.append(np.empty(largest, np.uint8))
         self._buffers_free = threading.Semaphore(len(self._free))
+        self._writer = _Writer(self._own_blocks())  # last: it has a thread to end
 
     @property
     def error(self) -> BaseException | None:
