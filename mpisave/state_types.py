@@ -7,12 +7,9 @@ not end in a file of parameters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from mpisave.errors import ArgumentError, Key, StateDictError, show_key
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 class StateType(Protocol):
@@ -98,11 +95,6 @@ def register_state_type(name: str, handler: StateType) -> None:
     if name in _REGISTRY and _REGISTRY[name] is not handler:
         raise ArgumentError(f"state_type {name!r} is registered already")
     _REGISTRY[name] = handler
-
-
-def registered() -> Sequence[str]:
-    """Return the names of all state types."""
-    return tuple(_REGISTRY)
 
 
 def handler_of(name: object) -> StateType:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STAGING_SUFFIX = ".mpisave-staging"
 
-# What stands for a file that cannot be preallocated: the file system does not know how.
+# What a file system answers that cannot reserve space.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 
 import numpy as np
 
@@ -59,3 +60,12 @@ def failing_on(comm, rank, monkeypatch, target, name, exc):
         if comm.rank == rank:
             patch.setattr(target, name, fail)
         yield
+
+
+def unescape(text):
+    """Return the key of a name in HDF5, by the rules of docs/formats.md."""
+    if re.fullmatch(r"-?[0-9]+", text):
+        return int(text)
+    if text == "%":
+        return ""
+    return re.sub(r"%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), text)

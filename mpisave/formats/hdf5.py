@@ -43,7 +43,7 @@ _PAGE = 4096
 
 
 def escape(name: str | int) -> str:
-    """Return the name of a link or attribute for a key: `unescape` gives it back.
+    """Return the name of a link or attribute for a key, as docs/formats.md says.
 
     ``/`` and NUL cannot be in a name, ``.`` cannot be one, and ``%`` escapes. A str
     that reads as an int is escaped, an int is not: they are different keys.
@@ -56,15 +56,6 @@ def escape(name: str | int) -> str:
     if text in (".", "..") or text.startswith(_OURS) or re.fullmatch(r"-?[0-9]+", text):
         text = f"%{ord(text[0]):02X}{text[1:]}"
     return text
-
-
-def unescape(text: str) -> str | int:
-    """Return the key that `escape` was given."""
-    if re.fullmatch(r"-?[0-9]+", text):
-        return int(text)
-    if text == "%":
-        return ""
-    return re.sub(r"%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), text)
 
 
 class HDF5Format:

@@ -10,11 +10,12 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import unescape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpisave
-from mpisave.formats.hdf5 import escape, unescape
+from mpisave.formats.hdf5 import escape
 
 DTYPES = [
     f"{order}{code}"

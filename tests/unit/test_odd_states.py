@@ -10,11 +10,12 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import unescape
 
 import mpisave
 from mpisave.checksum import crc32c
 from mpisave.errors import ArgumentError, FileFormatError, MpisaveError, StateDictError
-from mpisave.formats.hdf5 import escape, unescape
+from mpisave.formats.hdf5 import escape
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
 
