@@ -90,6 +90,8 @@ test-slurm: $(READY)
 	PYTHON=$(abspath $(BIN))/python bash tests/slurm/run.sh
 
 bench: $(READY)
+	$(BIN)/python -m mpisave.bench save
+	$(BIN)/python -m mpisave.bench load
 	$(BIN)/python -m mpisave.bench gather
 
 lint: $(READY)

@@ -15,7 +15,9 @@ from mpisave.errors import (
 from mpisave.loading import load
 from mpisave.report import SaveReport
 from mpisave.saving import save
+from mpisave.shards import Shard, Shards
 from mpisave.state_types import StateType, register_state_type
+from mpisave.tree import PerRank
 
 __version__ = "0.1.0"
 
@@ -25,7 +27,10 @@ __all__ = [
     "FileFormatError",
     "LaunchError",
     "MpisaveError",
+    "PerRank",
     "SaveReport",
+    "Shard",
+    "Shards",
     "StateDictError",
     "StateType",
     "StorageError",

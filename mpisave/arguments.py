@@ -25,8 +25,11 @@ _NAMES = (
     "gather_to",
     "state_type",
     "max_grouped_size",
+    "replicas",
+    "durable",
     "comm",
 )
+REPLICAS = ("first", "check", "share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,11 @@ class Arguments:
 
     protocol: int
     use_binary_format: bool
-    roots: tuple[int, ...] | None  # ascending; None: each rank saves alone
+    roots: tuple[int, ...] | None  # ascending; None: nobody gathers
     state_type: str | None
     max_nbytes: int
+    replicas: str
+    durable: bool
     path: str | None  # as given, {rank} not filled in; None for a file object
     has_file: bool  # the path is a file object
 
@@ -88,6 +93,12 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
             "state_type is None: say 'params' or 'opt' when gathering from "
             f"{size} ranks"
         )
+    replicas = given["replicas"]
+    if not isinstance(replicas, str) or replicas not in REPLICAS:
+        raise ArgumentError(f"replicas is {replicas!r}: it is one of {REPLICAS}")
+    durable = given["durable"]
+    if not isinstance(durable, bool):
+        raise ArgumentError(f"durable is {durable!r}: it is True or False")
     has_file = all(hasattr(path, n) for n in ("write", "seek", "tell", "truncate"))
     if has_file and isinstance(path, io.TextIOBase):
         raise ArgumentError(f"path is a {type(path).__name__}: open it in binary mode")
@@ -110,6 +121,8 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
         roots,
         state_type,
         parse_max_grouped_size(given["max_grouped_size"]),
+        str.__str__(replicas),
+        durable,
         text,
         has_file,
     )
@@ -181,6 +194,8 @@ def check_alike(every: Sequence[Arguments]) -> None:
         "gather_to": "roots",
         "state_type": "state_type",
         "max_grouped_size": "max_nbytes",
+        "replicas": "replicas",
+        "durable": "durable",
     }
     for name, attribute in compared.items():
         values = [getattr(arguments, attribute) for arguments in every]

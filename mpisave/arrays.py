@@ -5,6 +5,7 @@ Only this module imports CuPy, and only when a state holds device arrays.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,12 @@ class DeviceLibrary(Protocol):
         """Copy ``array.ravel()[start:start + out.size]`` to `out` in host memory."""
         ...
 
+    def stage_box(
+        self, array: Any, where: tuple[slice, ...], out: npt.NDArray[Any]
+    ) -> None:
+        """Copy ``array[where]`` to `out`, of the box's shape, in host memory."""
+        ...
+
 
 class _CuPy:
     """Device arrays through CuPy, whichever library made them."""
@@ -51,13 +58,23 @@ class _CuPy:
             else:
                 _copy_elements(on_device, start, out, copy=lambda a, o: a.get(out=o))
 
+    def stage_box(
+        self, array: Any, where: tuple[slice, ...], out: npt.NDArray[Any]
+    ) -> None:
+        import cupy
+
+        on_device = cupy.asarray(array)
+        with on_device.device:
+            cupy.cuda.runtime.deviceSynchronize()  # as above
+            cupy.ascontiguousarray(on_device[where]).get(out=out)
+
 
 def device_library() -> DeviceLibrary:
     """Return the library that reads device arrays. Tests put a fake in its place."""
     return _CuPy()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeldArray:
     """An array of the caller's, and how to read its bytes. Never modified.
 
@@ -104,6 +121,15 @@ class HeldArray:
         else:
             _copy_elements(self.source, start, out, copy=lambda a, o: np.copyto(o, a))
 
+    def stage_box(self, where: tuple[slice, ...], out: Bytes) -> None:
+        """Copy the elements ``[where]``, in C order, to `out`, a host buffer."""
+        shape = tuple(side.stop - side.start for side in where)
+        box = out.view(self.dtype).reshape(shape)
+        if self.on_device:
+            device_library().stage_box(self.source, where, box)
+        else:
+            np.copyto(box, self.source[where])
+
 
 def _copy_elements(array: Any, start: int, out: npt.NDArray[Any], *, copy: Any) -> None:
     """Copy ``array.ravel()[start:start + out.size]`` to `out` without ravelling.
@@ -130,11 +156,12 @@ def _copy_elements(array: Any, start: int, out: npt.NDArray[Any], *, copy: Any) 
         _copy_elements(array[last], 0, out[tail:], copy=copy)
 
 
-def held_array(obj: object) -> HeldArray | None:
+def held_array(obj: object, name: str = "") -> HeldArray | None:
     """Return how to read `obj` if it is an array, or None.
 
     Arrays are what NumPy, or ``__cuda_array_interface__``, DLPack or the buffer
-    protocol say is one; bytes, strings and NumPy scalars are small objects.
+    protocol say is one; bytes, strings and NumPy scalars are small objects. Errors call
+    it by `name`.
 
     Raises
     ------
@@ -142,17 +169,17 @@ def held_array(obj: object) -> HeldArray | None:
         If the array's dtype cannot be saved.
     """
     if isinstance(obj, np.ndarray):
-        return _on_host(obj)
+        return _on_host(obj, name)
     if obj is None or isinstance(
         obj, (bool, int, float, complex, str, bytes, bytearray, np.generic)
     ):
         return None
     if hasattr(obj, "__cuda_array_interface__"):
         dtype, shape = device_library().describe(obj)
-        return HeldArray(obj, savable(dtype), shape, on_device=True)
+        return HeldArray(obj, savable(dtype), shape, on_device=True, name=name)
     if hasattr(obj, "__dlpack_device__") and hasattr(obj, "__dlpack__"):
         if obj.__dlpack_device__()[0] == _DLPACK_CPU:
-            return _on_host(np.from_dlpack(obj))
+            return _on_host(np.from_dlpack(obj), name)
         raise TypeError(
             f"{type(obj).__name__} lies on a device that cannot be read by DLPack: "
             "it must serve __cuda_array_interface__"
@@ -161,14 +188,16 @@ def held_array(obj: object) -> HeldArray | None:
         buffer = memoryview(obj)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return _on_host(np.asarray(buffer))
+    return _on_host(np.asarray(buffer), name)
 
 
-def _on_host(array: npt.NDArray[Any]) -> HeldArray:
+def _on_host(array: npt.NDArray[Any], name: str) -> HeldArray:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError("a masked array cannot be saved: save its data and its mask")
     plain = array.view(np.ndarray)  # np.matrix would not index as arrays do
-    return HeldArray(plain, savable(plain.dtype), plain.shape, on_device=False)
+    return HeldArray(
+        plain, savable(plain.dtype), plain.shape, on_device=False, name=name
+    )
 
 
 def savable(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -193,6 +222,7 @@ def savable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     raise TypeError(f"arrays of dtype {dtype} cannot be saved: {advice}")
 
 
+@functools.lru_cache(maxsize=1024)
 def is_ml_dtype(dtype: np.dtype[Any]) -> bool:
     """Return whether `dtype` is one that ml_dtypes adds, such as bfloat16."""
     return dtype.type.__module__.partition(".")[0] == "ml_dtypes"

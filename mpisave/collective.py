@@ -25,7 +25,7 @@ U = TypeVar("U")
 
 
 class Comm(Protocol):
-    """What mpisave needs of a communicator for its small messages."""
+    """What mpisave needs of a communicator."""
 
     @property
     def rank(self) -> int:
@@ -35,6 +35,25 @@ class Comm(Protocol):
     @property
     def size(self) -> int:
         """How many there are."""
+        ...
+
+    @property
+    def raw(self) -> Any:
+        """The communicator of mpi4py behind this, for payload."""
+        ...
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What lasts as long as the communicator."""
+        ...
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes of small messages that this rank has sent."""
+        ...
+
+    def part(self, colors: tuple[int, ...], /) -> Comm:
+        """Return the communicator of the ranks of this rank's color. Collective."""
         ...
 
     def allgather(self, sendobj: Any) -> list[Any]:
@@ -59,6 +78,19 @@ class SoloComm:
 
     rank = 0
     size = 1
+    sent_nbytes = 0
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    @property
+    def raw(self) -> SoloComm:
+        """Itself: nothing lies behind it."""
+        return self
+
+    def part(self, _colors: tuple[int, ...]) -> SoloComm:
+        """Return itself: there is nobody to part from."""
+        return self
 
     def allgather(self, sendobj: T) -> list[T]:
         """Return the one value there is."""
@@ -167,6 +199,25 @@ def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def alike(comm: Comm, step: str, action: Callable[[], T]) -> T:
+    """Run what gives the same on every rank; nothing has to be said. Independent.
+
+    `action` is pure, and works on what all ranks have.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank, if `action` raised; of the subclass that was raised.
+    """
+    outcome, result, exc = _run(comm, action, travels=False)
+    if outcome.failure:
+        error = outcome.error or CollectiveError
+        failures = {comm.rank: outcome.failure}
+        message = f"{step}: {outcome.failure.message}"
+        raise error(message, step=step, failures=failures) from exc
+    return result  # type: ignore[return-value]
+
+
 def through_coordinator(
     comm: Comm,
     step: str,
@@ -197,30 +248,109 @@ def through_coordinator(
     """
     outcome, _, exc = _run(comm, action, travels=True)
     outcomes = comm.gather(outcome, root=root)
-    answers: list[tuple[bytes, list[_Outcome]]] | None = None
+    answers: list[tuple[bytes | None, list[_Outcome]]] | None = None
+    own: U | None = None
     if outcomes is not None:
         failed = [o for o in outcomes if o.failure]
         if not failed:
             merged, parts, exc = _run(
                 comm,
                 lambda: [
-                    pickle.dumps(part)
-                    for part in combine([pickle.loads(o.result) for o in outcomes])
+                    # The coordinator's own part, often the largest, stays.
+                    (None, part) if rank == root else (pickle.dumps(part), None)
+                    for rank, part in enumerate(
+                        combine([pickle.loads(o.result) for o in outcomes])
+                    )
                 ],
                 travels=False,
             )
             failed = [merged] if merged.failure else []
-            answers = [(part, failed) for part in parts or ()]
+            if parts is not None:
+                own = parts[root][1]
+            answers = [(part, failed) for part, _ in parts or ()]
         if failed:
-            answers = [(b"", failed)] * comm.size
+            answers = [(None, failed)] * comm.size
     part, failed = comm.scatter(answers, root=root)
     if failed:
         _raise_failed(step, comm.size, failed, exc)
-    return pickle.loads(part)  # type: ignore[no-any-return]
+    return own if part is None else pickle.loads(part)  # type: ignore[return-value]
+
+
+class PrivateComm:
+    """A communicator of mpi4py that only mpisave uses, for small messages.
+
+    Attributes
+    ----------
+    raw : mpi4py.MPI.Intracomm
+        For payload.
+    sent_nbytes : int
+        Bytes of small messages that this rank has sent.
+    kept : dict of str to object
+        What lasts as long as the communicator.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.rank: int = raw.rank
+        self.size: int = raw.size
+        self.sent_nbytes = 0
+        self.kept: dict[str, Any] = {}
+        self._parts: dict[tuple[int, ...], PrivateComm | SoloComm] = {}
+
+    def _dump(self, obj: Any) -> bytes:
+        data = pickle.dumps(obj)
+        self.sent_nbytes += len(data)
+        return data
+
+    def allgather(self, sendobj: Any) -> list[Any]:
+        """Return the objects of all ranks."""
+        # Pickles that ranks of this job just made; so are all others here.
+        return [pickle.loads(data) for data in self.raw.allgather(self._dump(sendobj))]
+
+    def bcast(self, obj: Any, root: int = 0) -> Any:
+        """Return the root's object."""
+        data = self._dump(obj) if self.rank == root else None
+        data = self.raw.bcast(data, root=root)
+        return obj if self.rank == root else pickle.loads(data)
+
+    def gather(self, sendobj: Any, root: int = 0) -> list[Any] | None:
+        """Return the objects of all ranks, on the root."""
+        every = self.raw.gather(self._dump(sendobj), root=root)
+        return None if every is None else [pickle.loads(data) for data in every]
+
+    def scatter(self, sendobj: Sequence[Any] | None, root: int = 0) -> Any:
+        """Return this rank's of the objects that the root has."""
+        parts = None if sendobj is None else [self._dump(obj) for obj in sendobj]
+        return pickle.loads(self.raw.scatter(parts, root=root))
+
+    def part(self, colors: tuple[int, ...]) -> PrivateComm | SoloComm:
+        """Return the communicator of the ranks of this rank's color. Collective.
+
+        Parameters
+        ----------
+        colors : tuple of int
+            That of every rank. The ranks of the same split share one for good.
+        """
+        mine = colors[self.rank]
+        if len(set(colors)) == 1:
+            return self
+        if colors not in self._parts:
+            is_apart = len(set(colors)) == self.size
+            self._parts[colors] = (
+                SoloComm() if is_apart else PrivateComm(self.raw.Split(mine, self.rank))
+            )
+        return self._parts[colors]
+
+    def free(self) -> None:
+        """Free the communicator, and what was split from it."""
+        for part in self._parts.values():
+            if isinstance(part, PrivateComm):
+                part.free()
+        self.raw.Free()
 
 
 @contextmanager
-def private_comm(comm: Any) -> Iterator[Comm]:
+def private_comm(comm: Any) -> Iterator[PrivateComm | SoloComm]:
     """Give a duplicate of `comm` that only mpisave uses. Collective at first use.
 
     The duplicate is kept with the caller's communicator and freed with it, so that
@@ -232,7 +362,7 @@ def private_comm(comm: Any) -> Iterator[Comm]:
     keyval = _keyval()
     own = comm.Get_attr(keyval)
     if own is None:
-        own = comm.Dup()
+        own = PrivateComm(comm.Dup())
         comm.Set_attr(keyval, own)
     yield own
 
@@ -245,8 +375,8 @@ def _keyval() -> int:
     if not _KEYVAL:
         from mpi4py import MPI
 
-        def free(_comm: object, _keyval: int, own: MPI.Intracomm) -> None:
-            own.Free()
+        def free(_comm: object, _keyval: int, own: PrivateComm) -> None:
+            own.free()
 
         _KEYVAL.append(MPI.Comm.Create_keyval(delete_fn=free))
     return _KEYVAL[0]

@@ -3,13 +3,13 @@
 ::
 
     MpisaveError
-    ├── CollectiveError (RuntimeError)      raised alike on every rank
-    │   ├── ArgumentError (ValueError)      the caller's: an argument of the call
-    │   │   └── UnknownArgumentError (TypeError)
-    │   ├── StateDictError (ValueError)     the caller's: what the state dict holds
-    │   ├── LaunchError                     the launcher's: ranks that are alone
-    │   └── StorageError (OSError)          the file system's
-    └── FileFormatError (ValueError)        the file's: torn, altered, foreign
+    └── CollectiveError (RuntimeError)      raised alike on every rank
+        ├── ArgumentError (ValueError)      the caller's: an argument of the call
+        │   └── UnknownArgumentError (TypeError)
+        ├── StateDictError (ValueError)     the caller's: what the state dict holds
+        ├── LaunchError                     the launcher's: ranks that are alone
+        ├── StorageError (OSError)          the file system's
+        └── FileFormatError (ValueError)    the file's: torn, altered, foreign
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class StorageError(CollectiveError, OSError):
     """The file system refused: full, read-only, missing, not permitted."""
 
 
-class FileFormatError(MpisaveError, ValueError):
+class FileFormatError(CollectiveError, ValueError):
     """The file is no whole file that mpisave can read: torn, altered or foreign.
 
     Also raised where a file asks for more than arrays, containers and scalars: mpisave

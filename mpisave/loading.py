@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+import itertools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpisave.checksum import crc32c
-from mpisave.errors import FileFormatError, show_key
+from mpisave.collective import (
+    Comm,
+    SoloComm,
+    alike,
+    exchange,
+    on_all_ranks,
+    private_comm,
+)
+from mpisave.errors import (
+    ArgumentError,
+    FileFormatError,
+    StateDictError,
+    StorageError,
+    show_key,
+)
 from mpisave.formats import index, pkl
 from mpisave.formats.unpickle import unpickle
+from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
+from mpisave.reading import mapped, read
+from mpisave.regrouping import read_regrouped
+from mpisave.sharing import read_shared
 from mpisave.storage import Source
+from mpisave.tree import flatten
+from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks, select
 
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import BinaryIO
+
+    from mpi4py import MPI
+
+    from mpisave.errors import Key
+    from mpisave.tree import Node
+    from mpisave.wanted import Want
+
+T = TypeVar("T")
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PICKLE_PROTO = b"\x80"
 # PROTO and its number, SHORT_BINBYTES and its length, and the mark itself.
 _MARK_STOP = 4 + len(pkl.MARK)
 
+# More threads than this in one rank did not read faster.
+_MOST_THREADS = 4
 
-def load(path: str | os.PathLike[str] | BinaryIO, *, verify: bool = True) -> Any:
-    """Load a file into this process. Independent.
+
+def load(
+    path: str | os.PathLike[str] | BinaryIO,
+    *,
+    comm: MPI.Intracomm | None = None,
+    like: Any = None,
+    into: str = "new",
+    keys: str | tuple[str | int, ...] | Iterable[Any] | None = None,
+    mmap: bool = False,
+    missing: str = "error",
+    unexpected: str = "error",
+    per_rank: Callable[[int, int], int] | None = None,
+    verify: bool = True,
+) -> Any:
+    """Load a file, or what this rank wants of it. Collective over `comm`.
 
     What the file is shows in its content, not in its name. A file of mpisave is read
     through its index; any other pickle by an interpreter that knows arrays, plain
@@ -33,31 +79,311 @@ def load(path: str | os.PathLike[str] | BinaryIO, *, verify: bool = True) -> Any
     ----------
     path : str, os.PathLike or seekable binary file object
         The file. An object is read from its start.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks that load together, as many as there are. The default is this process
+        alone. A failure on one of them is raised on all.
+    like : nested dict, list or tuple, optional
+        What this rank wants: a state as for `save`, with arrays and `Shard` of the
+        dtypes and shapes that are in the file. Each rank reads what it wants, and no
+        more. What `PerRank` holds in it does not matter. Default: all that is there.
+    into : {"new", "inplace"}
+        Whether to read into fresh arrays or into those of `like`. When it fails, what
+        was read by then is in these arrays.
+    keys : str, tuple, or iterable of them, optional
+        Load only a part. A str is a glob (``"encoder/*"``) for the parts of a key,
+        joined by ``/``; a tuple is one key. What of `like` was not asked for stays as
+        it is.
+    mmap : bool
+        Map arrays, read-only, without reading or verifying them.
+    missing : {"error", "keep"}
+        What of keys in `like` that the file has not; ``"keep"`` warns, and leaves the
+        value of `like`.
+    unexpected : {"error", "skip"}
+        What of keys in the file that no rank has in `like`; ``"skip"`` warns.
+    per_rank : callable, optional
+        Called as ``per_rank(rank, saved)``: of the `saved` ranks that saved, the one
+        whose `PerRank` values this one takes. Needed where their number differs.
     verify : bool
-        Whether to check the CRC-32C of every array.
+        Whether to check the CRC-32C of every block that is read; blocks of which only a
+        part is wanted are then read whole.
 
     Returns
     -------
     nested dict, list or tuple
-        As it was saved: arrays as NumPy arrays in C order, those of ml_dtypes as such.
+        Without `like`: as it was saved, arrays as NumPy arrays in C order, those of
+        ml_dtypes as such. A `PerRank` is a dict by rank without `comm`, and has this
+        rank's value with it. With `like`: in its form.
 
     Raises
     ------
     FileFormatError
         If the file is empty, torn, altered, or nothing that mpisave reads.
+    StateDictError
+        If `like` and the file do not fit together.
+    ArgumentError
+        If an argument is not legal, or ranks disagree on it.
     ImportError
-        If the file holds arrays of ml_dtypes, and that is not installed.
+        If the file holds arrays of ml_dtypes, and that is not installed. On several
+        ranks, a CollectiveError.
     OSError
         If the file system refuses.
     """
-    with Source(path) as source:
+    options = _Options(into, missing, unexpected, mmap, verify, keys, per_rank)
+    with private_comm(SoloComm() if comm is None else communicator(comm)) as own:
+        return _Load(own, path, options).run(like)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    into: str
+    missing: str
+    unexpected: str
+    mmap: bool
+    verify: bool
+    keys: Any
+    per_rank: Any
+
+    def check(self) -> tuple[Any, ...]:
+        """Refuse what is not legal; return what has to be the same on all ranks."""
+        legal = {
+            "into": ("new", "inplace"),
+            "missing": ("error", "keep"),
+            "unexpected": ("error", "skip"),
+            "mmap": (False, True),
+            "verify": (False, True),
+        }
+        for name, values in legal.items():
+            value = getattr(self, name)
+            if type(value) not in (str, bool) or value not in values:
+                raise ArgumentError(f"{name} is {value!r}: it is one of {values}")
+        if self.per_rank is not None and not callable(self.per_rank):
+            raise ArgumentError(f"per_rank is {self.per_rank!r}: it is called")
+        if self.mmap and self.into == "inplace":
+            raise ArgumentError("mmap=True maps arrays: they cannot be filled in place")
+        return tuple((name, getattr(self, name)) for name in legal)
+
+
+class _Load:
+    """One call of load on one rank."""
+
+    def __init__(self, own: Comm, path: Any, options: _Options) -> None:
+        self.own = own
+        self.path = path
+        self.options = options
+
+    # Alone, what is raised is raised as it is; with others it is agreed on.
+
+    def step(self, name: str, action: Callable[[], T]) -> T:
+        """Run a step of this rank; go on when all ranks do."""
+        if isinstance(self.own, SoloComm):
+            return action()
+        return on_all_ranks(self.own, name, action)
+
+    def alike(self, name: str, action: Callable[[], T]) -> T:
+        """Run what gives the same on every rank."""
+        if isinstance(self.own, SoloComm):
+            return action()
+        return alike(self.own, name, action)
+
+    def exchange(self, name: str, action: Callable[[], T]) -> list[T]:
+        """Run a step, and return what each rank made of it."""
+        if isinstance(self.own, SoloComm):
+            return [action()]
+        return exchange(self.own, name, action)
+
+    def run(self, like: Any) -> Any:
+        """Load, all ranks going on together or not at all."""
+        own, verify = self.own, self.options.verify
+        every = self.exchange("check arguments", lambda: self._check(like))
+        where = [place for _, place in every]
+        self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
+        head = self._index()
+        with self.step("open the file", self._open) as source:
+            if head is None:
+                return self.step("load", lambda: self._foreign(source, like))
+            found = self._compare(head, like, source)
+            wants = found.wants
+            if len({host for host, *_ in where}) > 1:
+                common, wants = self._in_common(wants)
+                read_shared(own, source, common, verify=verify)
+            if own.size > 1 and like is not None:
+                wants = read_regrouped(own, source, wants, verify=verify)
+            threads = min(_MOST_THREADS, cores_of(where, own.rank))
+
+            def read_own() -> None:
+                with naming_file(source.name):
+                    read(source, wants, verify=verify, threads=threads)
+
+            self.step("read", read_own)
+            return found.state()
+
+    def _check(self, like: Any) -> tuple[Any, Any]:
+        if self.options.into == "inplace" and like is None:
+            raise ArgumentError("into='inplace' needs like= to read into")
+        name = None
+        if isinstance(self.path, (str, os.PathLike)):
+            name = os.fsdecode(os.fspath(self.path))
+        return (*self.options.check(), ("path", name)), where_this_runs()
+
+    def _index(self) -> tuple[bytes, str] | None:
+        """Return the index, which one rank has read for all; None: a foreign pickle."""
+
+        def find() -> tuple[bytes, str] | None:
+            if self.own.rank != 0:
+                return None
+            with Source(self.path) as source, naming_file(source.name):
+                return _find(source)
+
+        head: tuple[bytes, str] | None
+        head = self.own.bcast(self.step("read the index", find))
+        return head
+
+    def _open(self) -> Source:
         try:
-            return _load(source, verify=verify)
-        except FileFormatError as exc:
-            raise FileFormatError(f"{source.name}: {exc}") from exc
+            return Source(self.path)
+        except OSError as exc:
+            if self.own.size == 1:
+                raise
+            error = StorageError(
+                f"cannot open {self.path}: {exc}. All ranks that load read it: it has "
+                f"to lie on a file system that all nodes share."
+            )
+            error.errno = exc.errno
+            raise error from exc
+
+    def _foreign(self, source: Source, like: Any) -> Any:
+        options = self.options
+        with naming_file(source.name):
+            if like is not None or options.keys is not None or options.mmap:
+                raise FileFormatError(
+                    "like=, keys= and mmap= need a file of mpisave: this pickle has no "
+                    "index. Load it whole."
+                )
+            return unpickle(source)
+
+    def _compare(
+        self, head: tuple[bytes, str], like: Any, source: Source
+    ) -> Match | All:
+        """Return what is asked for, and where it goes; refuse what does not fit."""
+        made: list[Match | All] = []
+
+        def compare() -> tuple[bytes, bytes, list[Key]]:
+            with naming_file(source.name):
+                content = index.decode(*head)
+                self._order = [node.key for node in content.nodes]
+                nodes = select(content, self.options.keys)
+                found = self._want(nodes, like, source)
+            made.append(found)
+            leaves = {node.key for node in nodes if node.kind == "leaf"}
+            return self._bits(leaves), self._bits(found.wanted), found.missing
+
+        every = self.exchange("compare with like", compare)
+        if like is not None:
+            warnings = self.alike("compare with like", lambda: self._judge(every))
+            if warnings:
+                self.step("compare with like", lambda: self._warn(warnings))
+        return made[0]
+
+    def _bits(self, keys: set[Key]) -> bytes:
+        """Return a bit for each node of the file: whether it is one of `keys`."""
+        return np.packbits([key in keys for key in self._order]).tobytes()
+
+    def _want(self, nodes: Sequence[Node], like: Any, source: Source) -> Match | All:
+        own, options = self.own, self.options
+        make = mapped(source) if options.mmap else None
+        rank: int | None = None
+        if like is not None or not isinstance(own, SoloComm):
+            saved = saved_ranks(nodes)
+            if saved and like is not None:
+                asked = {n.key for n in flatten(like) if n.kind == "per_rank"}
+                saved = {key: ranks for key, ranks in saved.items() if key in asked}
+            rank = rank_of(saved, own.rank, own.size, options.per_rank)
+        if like is None:
+            return All(nodes, rank, make)
+        return Match(
+            like,
+            nodes,
+            rank or 0,
+            make,
+            in_place=options.into == "inplace",
+            is_part=options.keys is not None,
+        )
+
+    def _judge(self, every: Sequence[tuple[bytes, bytes, list[Key]]]) -> list[str]:
+        """Refuse, or return warnings of, keys that are on one side only."""
+        asked, wanted = (
+            np.bitwise_or.reduce([np.frombuffer(bits, np.uint8) for bits in column])
+            for column in list(zip(*every, strict=True))[:2]
+        )
+        lacking: dict[Key, int] = {}
+        for rank, (*_, keys) in enumerate(every):
+            for key in keys:
+                lacking.setdefault(key, rank)
+        left = np.unpackbits(asked & ~wanted, count=len(self._order)).tolist()
+        return [
+            *self._allow(
+                "missing",
+                "keep",
+                [f"{show_key(key)} (rank {rank})" for key, rank in lacking.items()],
+                "in like, but not in the file",
+            ),
+            *self._allow(
+                "unexpected",
+                "skip",
+                [show_key(key) for key in itertools.compress(self._order, left)],
+                "in the file, but in no rank's like",
+            ),
+        ]
+
+    def _allow(
+        self, name: str, allowed: str, keys: Sequence[str], where: str
+    ) -> list[str]:
+        if not keys:
+            return []
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        text = f"{len(keys)} key(s) are {where}: {', '.join(keys[:20])}{more}"
+        if getattr(self.options, name) != allowed:
+            raise StateDictError(f"{text}. {name}={allowed!r} goes on without them.")
+        return [text]
+
+    def _warn(self, texts: Sequence[str]) -> None:
+        for text in texts if self.own.rank == 0 else ():
+            warn_caller(text)
+
+    def _in_common(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
+        """Return what all ranks want whole, and the rest of what this one wants."""
+        whole = {want.stored.key: want for want in wants if is_whole(want)}
+        every = self.exchange("find what all ranks want", lambda: self._bits({*whole}))
+        bits = np.bitwise_and.reduce([np.frombuffer(b, np.uint8) for b in every])
+        by_all = np.unpackbits(bits, count=len(self._order)).tolist()
+        common = [whole[key] for key in itertools.compress(self._order, by_all)]
+        taken = {id(want) for want in common}
+        return common, [want for want in wants if id(want) not in taken]
 
 
-def _load(source: Source, *, verify: bool) -> Any:
+def _check_alike(every: Sequence[tuple[tuple[str, Any], ...]]) -> None:
+    for rank, options in enumerate(every):
+        for (name, first), (_, other) in zip(every[0], options, strict=True):
+            if first != other:
+                raise ArgumentError(
+                    f"{name} differs between ranks: {first!r} on rank 0, {other!r} on "
+                    f"rank {rank}. All ranks must give the same."
+                )
+
+
+@contextlib.contextmanager
+def naming_file(name: str) -> Iterator[None]:
+    """Put the name of the file in front of what is wrong with it."""
+    try:
+        yield
+    except FileFormatError as exc:
+        if exc.step or str(exc).startswith(name):  # agreed on, or named, already
+            raise
+        raise FileFormatError(f"{name}: {exc}") from exc
+
+
+def _find(source: Source) -> tuple[bytes, str] | None:
+    """Return bytes of the index and kind of the file; None: a foreign pickle."""
     head = source.read(0, 32)
     if not head:
         raise FileFormatError("the file is empty")
@@ -73,9 +399,7 @@ def _load(source: Source, *, verify: bool) -> Any:
     found = index.find(trailer, source.nbytes)
     if found is not None:
         tail = source.read(found[0], source.nbytes - found[0])
-        return _load_by_index(
-            source, index.decode(tail, "hdf5" if is_hdf5 else "pickle"), verify=verify
-        )
+        return tail, "hdf5" if is_hdf5 else "pickle"
     if is_hdf5:
         raise FileFormatError(
             "an HDF5 file without the index of mpisave at its end: it is torn, or was "
@@ -85,24 +409,4 @@ def _load(source: Source, *, verify: bool) -> Any:
         raise FileFormatError(
             "a pickle of mpisave without an index at its end: it is torn or altered"
         )
-    return unpickle(source)
-
-
-def _load_by_index(source: Source, content: index.Index, *, verify: bool) -> Any:
-    def read(stored: index.Stored) -> np.ndarray[Any, Any]:
-        array = np.empty(stored.shape, stored.dtype)
-        data = array.reshape(-1).view(np.uint8)
-        done = source.read_into(stored.extent.offset, data.data)
-        if done < data.size:
-            raise FileFormatError(
-                f"{show_key(stored.key)} is torn: {done} of {data.size} bytes are there"
-            )
-        if verify and (checksum := crc32c(data)) != stored.crc32c:
-            raise FileFormatError(
-                f"{show_key(stored.key)} is altered: the CRC-32C of its "
-                f"{data.size} bytes at offset {stored.extent.offset} is "
-                f"{checksum:#010x}, not {stored.crc32c:#010x}"
-            )
-        return array
-
-    return content.state(read)
+    return None

@@ -1,21 +1,35 @@
-"""Where bytes go: owners, streams and rounds. Pure arithmetic.
+"""Where bytes go: owners, pieces, streams and rounds. Pure arithmetic.
 
-For each root that writes, every other rank sends one *stream*: the bytes of the arrays
-that it owns, one after another, in the order of the entries. A round takes the next
-bytes of every stream; how many follows from the lengths of the streams and the cap
-alone, so all ranks know every round without being told.
+A *piece* is a run of bytes that lie together both in an array of one rank and in the
+file. Each byte of the file's payload is in one piece, or in an array that is *woven*:
+one whose shards lie in the file in runs too short to write one at a time (`weave`).
+
+When gathering, every rank sends each root one *stream*: the bytes of its pieces, one
+after another, in file order. A round takes the next bytes of every stream; how many
+follows from the lengths of the streams and the cap alone, so all ranks know every round
+without being told.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from mpisave.checksum import BLOCK_NBYTES
+from mpisave.shards import run_elements, run_starts
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+
+    from mpisave.metadata import Boxes, Holding, Merged
+    from mpisave.shards import Point, Points
+
+Column = npt.NDArray[np.int64]  # shape (n,)
 
 # Before MPI-4, Gatherv takes its counts and displacements as C ints, so no block may
 # begin past 2**31 - 1. Open MPI 4.1 then raises on the root alone, and the other ranks
@@ -25,6 +39,10 @@ MAX_COUNT = 2**31 - 1
 # Larger rounds than this were not faster, and smaller ones start to cost: see
 # docs/performance.md.
 ROUND_NBYTES = 16 * 2**20
+
+# Boxes that lie in the file in shorter runs than this are exchanged among the ranks
+# first: a call of pwrite for each would cost more than the exchange.
+SHORTEST_RUN_NBYTES = 256 * 2**10
 
 # What the root stages of its own arrays where they are not contiguous.
 SCRATCH_NBYTES = 4 * 2**20
@@ -67,17 +85,215 @@ def buffers(max_nbytes: int, roots: int = 1) -> Buffers:
     return Buffers(min(share, ROUND_NBYTES, MAX_COUNT), scratch)
 
 
-def owner(holders: Collection[int], root: int) -> int:
-    """Return whose value is saved: the root's own, else the lowest holder's."""
-    return root if root in holders else min(holders)
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Pieces in columns: arrays of int64 of one length."""
+
+    entry: Column
+    rank: Column  # that supplies it
+    ordinal: Column  # the how-manieth array of that rank's state it is in
+    start: Column  # bytes from the start of that array
+    within: Column  # bytes from the start of the entry
+    nbytes: Column
+
+    def __len__(self) -> int:
+        return len(self.entry)
+
+    def take(self, which: Column | npt.NDArray[np.bool_]) -> Pieces:
+        """Return some of the pieces."""
+        return Pieces(*(getattr(self, name)[which] for name in self.__slots__))
+
+    @staticmethod
+    def join(parts: Sequence[Pieces]) -> Pieces:
+        """Return all pieces of several tables."""
+        names = Pieces.__slots__
+        empty = [np.zeros(0, np.int64)]
+        return Pieces(
+            *(np.concatenate([getattr(p, n) for p in parts] or empty) for n in names)
+        )
+
+    def by_rank(self, size: int) -> list[Pieces]:
+        """Return the pieces of each rank, in the order in which they are here."""
+        order = np.argsort(self.rank, kind="stable")
+        ordered = self.take(order)
+        edges = np.searchsorted(ordered.rank, np.arange(size + 1)).tolist()
+        return [
+            ordered.take(np.s_[first:stop])  # type: ignore[arg-type]
+            for first, stop in itertools.pairwise(edges)
+        ]
 
 
-def streams(owners: Sequence[int], size: int) -> list[list[int]]:
-    """Return, for each rank, the entries that it supplies, in file order."""
-    supplied: list[list[int]] = [[] for _ in range(size)]
-    for entry, rank in enumerate(owners):
-        supplied[rank].append(entry)
-    return supplied
+@dataclass(frozen=True, slots=True, eq=False)
+class Woven:
+    """An array that is put together from boxes before it is written."""
+
+    entry: int
+    itemsize: int
+    shape: Point
+    ranks: Column  # that supplies each box
+    ordinals: Column
+    starts: Points
+    counts: Points
+
+
+def cut(
+    merged: Merged, *, root: int | None = None, share: bool = False
+) -> tuple[Pieces, list[Woven]]:
+    """Cut all payload into pieces, each supplied by one rank.
+
+    Parameters
+    ----------
+    merged : Merged
+        What all ranks hold.
+    root : int, optional
+        A rank that supplies itself whatever it holds. What it does not hold, or
+        without it everything, comes from the lowest rank that does.
+    share : bool
+        Whether holders of equal replicas supply equal shares of them.
+
+    Returns
+    -------
+    pieces : Pieces
+        In the order of the entries, and of the bytes in each.
+    woven : list of Woven
+        The arrays that are in no piece.
+
+    Notes
+    -----
+    O(n log n) in the number of entries and boxes.
+    """
+    nbytes = merged.nbytes_of_entries()
+    parts = _shared(merged.holdings, nbytes) if share else _whole(merged, nbytes, root)
+    woven = []
+    details = merged.entry_details() if merged.sharded else []
+    for entry, boxes in merged.sharded.items():
+        itemsize, shape = details[entry]
+        chosen = _suppliers(boxes, root, share=share, turn=entry)
+        supply = Woven(
+            entry,
+            itemsize,
+            shape,
+            boxes.ranks[chosen],
+            boxes.ordinals[chosen],
+            boxes.starts[chosen],
+            boxes.counts[chosen],
+        )
+        runs = run_elements(shape, supply.counts)
+        total = supply.counts.prod(axis=1)
+        if ((runs < total) & (runs * itemsize < SHORTEST_RUN_NBYTES)).any():
+            woven.append(supply)
+        else:
+            parts.append(_runs(supply, runs, total))
+    pieces = Pieces.join(parts)
+    if merged.sharded:
+        pieces = pieces.take(np.lexsort((pieces.within, pieces.entry)))
+    return pieces, woven
+
+
+def _whole(merged: Merged, nbytes: Column, root: int | None) -> list[Pieces]:
+    """Return a piece for each array that some rank holds whole."""
+    rank = np.full(len(nbytes), -1, np.int64)
+    ordinal = np.zeros(len(nbytes), np.int64)
+    ordered = list(reversed(merged.holdings))  # the lowest rank comes last, and stays
+    for holding in ordered:
+        rank[holding.entries] = holding.ranks[0]
+        ordinal[holding.entries] = holding.ordinals
+    for holding in ordered:
+        if root is not None and root in holding.ranks:
+            rank[holding.entries] = root
+            ordinal[holding.entries] = holding.ordinals
+    entry = np.flatnonzero((rank >= 0) & (nbytes > 0))
+    zero = np.zeros(len(entry), np.int64)
+    return [Pieces(entry, rank[entry], ordinal[entry], zero, zero, nbytes[entry])]
+
+
+def _shared(holdings: Sequence[Holding], nbytes: Column) -> list[Pieces]:
+    """Cut the arrays that the same ranks hold evenly among these ranks."""
+    # Which holdings an array is in: refined by one after the other.
+    label = np.zeros(len(nbytes), np.int64)
+    members: list[tuple[int, ...]] = [()]
+    for number, holding in enumerate(holdings):
+        before, where = np.unique(label[holding.entries], return_inverse=True)
+        label[holding.entries] = len(members) + where
+        members += [(*members[old], number) for old in before.tolist()]
+    order = np.argsort(label, kind="stable")
+    edges = np.searchsorted(label[order], np.arange(len(members) + 1)).tolist()
+    parts = []
+    for inside, first, stop in zip(members, edges[:-1], edges[1:], strict=True):
+        entries = order[first:stop]
+        entries = entries[nbytes[entries] > 0]
+        if inside and len(entries):
+            held = [holdings[number] for number in inside]
+            parts.append(_split(entries, nbytes[entries], held))
+    return parts
+
+
+def _split(entries: Column, nbytes: Column, held: Sequence[Holding]) -> Pieces:
+    """Cut one run of arrays into as many parts of equal length as there are holders."""
+    ranks = np.sort(np.concatenate([holding.ranks for holding in held]))
+    ends = np.cumsum(nbytes)
+    begins = ends - nbytes
+    cuts = ends[-1] * np.arange(1, len(ranks)) // len(ranks)
+    item = np.searchsorted(ends, cuts, side="right")
+    # On a block of the checksums, so that none of them is made of two.
+    cuts = begins[item] + (cuts - begins[item]) // BLOCK_NBYTES * BLOCK_NBYTES
+    edges = np.unique(np.concatenate([[0], ends, cuts]))
+    first = edges[:-1]
+    item = np.searchsorted(ends, first, side="right")
+    rank = ranks[np.searchsorted(cuts, first, side="right")]
+    ordinal = np.zeros(len(first), np.int64)
+    for holding in held:
+        mine = np.isin(rank, holding.ranks)
+        by_entry = np.argsort(holding.entries)
+        place = np.searchsorted(holding.entries[by_entry], entries[item[mine]])
+        ordinal[mine] = holding.ordinals[by_entry[place]]
+    within = first - begins[item]
+    return Pieces(entries[item], rank, ordinal, within, within, np.diff(edges))
+
+
+def _suppliers(boxes: Boxes, root: int | None, *, share: bool, turn: int) -> Column:
+    """Return which holder supplies each distinct box."""
+    if share:
+        order = np.argsort(boxes.box, kind="stable")
+        _, firsts, holders = np.unique(
+            boxes.box[order], return_index=True, return_counts=True
+        )
+        # Whole boxes in turn: there are many, and they are of about one size.
+        return order[firsts + (np.arange(len(firsts)) + turn) % holders]
+    is_root = boxes.ranks == root
+    order = np.argsort(~is_root, kind="stable")
+    _, firsts = np.unique(boxes.box[order], return_index=True)
+    return order[firsts]
+
+
+def _runs(supply: Woven, runs: Column, total: Column) -> Pieces:
+    """Return the pieces of boxes that are made of long runs."""
+    itemsize = supply.itemsize
+    many = total // runs
+    if (many == 1).all():
+        strides = [
+            math.prod(supply.shape[axis + 1 :]) for axis in range(len(supply.shape))
+        ]
+        within = supply.starts @ np.array(strides, np.int64)
+    else:
+        within = np.concatenate(
+            [
+                run_starts(supply.shape, tuple(start), tuple(count))
+                for start, count in zip(
+                    supply.starts.tolist(), supply.counts.tolist(), strict=True
+                )
+            ]
+        )
+    which = np.repeat(np.arange(len(many)), many)
+    number = np.arange(len(which)) - np.repeat(np.cumsum(many) - many, many)
+    return Pieces(
+        np.full(len(which), supply.entry),
+        supply.ranks[which],
+        supply.ordinals[which],
+        number * runs[which] * itemsize,
+        within * itemsize,
+        runs[which] * itemsize,
+    )
 
 
 def rounds(

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """What a save did. Alike on every rank, but for the last two of `seconds`.
+    """What a save did.
+
+    Alike on every rank, but for the last two of `seconds`, and `metadata_nbytes`.
 
     Where each rank saved alone, each reports on its own file.
 
@@ -26,15 +28,19 @@ class SaveReport:
     payload_nbytes : int
         Bytes of the arrays in it.
     seconds : dict of str to float
-        Wall time of each step on the first rank that wrote. ``"gather"`` (in Gatherv)
-        and ``"write"`` overlap within ``"move"``. ``"publish"`` and ``"total"`` are of
+        Wall time of each step on the first rank that wrote. ``"gather"`` (in MPI) and
+        ``"write"`` overlap within ``"move"``. ``"publish"`` and ``"total"`` are of
         this rank.
     step_nbytes : dict of str to int
-        Bytes that came by ``"gather"``, and that were put by ``"write"``.
+        Bytes that came to that rank by ``"gather"``, and that all ranks together put
+        into the file by ``"write"``.
     rounds : int
-        Calls of Gatherv for one file.
+        Calls of Gatherv, and of Alltoallv for shards in short runs, for one file.
     transport : str
-        ``"gather (host)"``, or ``"none"`` where nothing had to move.
+        ``"gather (host)"``, ``"direct (host)"`` where all ranks write, or ``"none"``
+        where nothing had to move.
+    metadata_nbytes : int
+        Bytes of all small messages that this rank sent: what is not payload.
     """
 
     paths: tuple[str, ...]
@@ -44,6 +50,7 @@ class SaveReport:
     step_nbytes: dict[str, int]
     rounds: int
     transport: str
+    metadata_nbytes: int = 0
 
     @property
     def path(self) -> str:

@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import logging
 import os
 import time
-import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, parse
+from mpisave.checksum import crc32c
 from mpisave.collective import (
     Comm,
-    SoloComm,
-    check_launch,
+    alike,
     exchange,
-    is_under_mpi,
     on_all_ranks,
     private_comm,
     through_coordinator,
 )
-from mpisave.errors import ArgumentError, show_key
+from mpisave.election import create_for_all, create_for_roots
+from mpisave.errors import naming, show_key
 from mpisave.formats import index
 from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
-from mpisave.metadata import Described, Merged, describe, merge
-from mpisave.plan import buffers, owner, streams
+from mpisave.metadata import Described, describe
+from mpisave.parts import Part, divide
+from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
+from mpisave.plan import buffers
 from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
-from mpisave.storage import FileObject, StagedFile, sees_staging_file
-from mpisave.transport.base import Incoming, Moved, Route
+from mpisave.transport.base import Moved, Route
+from mpisave.transport.direct import Direct
+from mpisave.transport.exchange import Exchange
 from mpisave.transport.gather import Gather
 from mpisave.tree import flatten
+from mpisave.weave import budget, chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import BinaryIO
 
     from mpi4py import MPI
 
     from mpisave.arrays import HeldArray
-    from mpisave.formats.base import Format, Layout
-    from mpisave.plan import Extent
+    from mpisave.formats.base import Format
+    from mpisave.metadata import Merged
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
 
+# More threads than this in one rank did not write faster.
+_MOST_THREADS = 4
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one rank is to do, by root in ascending order."""
+# Plans that are kept with a communicator: parameters and moments, and a pair to spare.
+_MOST_PLANS = 4
 
-    outgoing: list[list[int]]  # arrays of this rank, in the order of its state
-    merged: Merged | None  # on roots only
+_STAGED_NBYTES = 2**20
 
 
 def save(
@@ -67,6 +68,8 @@ def save(
     gather_to: int | list[int] | tuple[int, ...] | None = None,
     state_type: str | None = None,
     max_grouped_size: int | str = "3G",
+    replicas: str = "first",
+    durable: bool = True,
     comm: MPI.Intracomm | None = None,
     **unknown: object,
 ) -> SaveReport:
@@ -79,7 +82,8 @@ def save(
     state_dict : nested dict, list or tuple of arrays and small objects, or one array
         What this rank holds; never modified. Ranks may hold different keys: the file
         holds the union. A key that several ranks hold is saved once, with the value of
-        the lowest of them, or of the rank that writes if that has it.
+        the lowest of them, or of the rank that gathers if that has it. A `Shard` is
+        part of an array, a `PerRank` one value for each rank.
     path : str, os.PathLike or seekable binary file object
         Where to save; ``{rank}`` is filled in. A file object is needed on the ranks
         that write only. A file of that name is replaced when the new one is whole.
@@ -89,14 +93,23 @@ def save(
         True writes HDF5, False a pickle.
     gather_to : int, list or tuple of int, or None
         Ranks of `comm` that write. Those that see the same directory write one file
-        together, once. None: nobody gathers, each rank saves its own state to a path
-        of its own.
+        together, once. None: nobody gathers. Ranks that give the same path write that
+        one file together, each its own bytes; a rank with a path of its own saves its
+        state alone.
     state_type : str or None
         ``"params"``, ``"opt"``, or what was registered. Required when gathering from
         more than one rank.
     max_grouped_size : int or str
-        Bytes, or a number with K, M or G (1024-based): what gathering brings to a
-        rank that writes at a time, staging included.
+        Bytes, or a number with K, M or G (1024-based): what gathering, or the exchange
+        of shards, brings to a rank at a time, staging included.
+    replicas : {"first", "check", "share"}
+        What of an array that several ranks hold. ``"first"``: the lowest of them writes
+        it. ``"share"``: each of them writes an even part; they must be equal.
+        ``"check"``: the same, after their checksums were found to be equal. When
+        gathering, ``"share"`` is as ``"first"``.
+    durable : bool
+        Whether to return only when the file outlives a crash of the machine (fsync).
+        Without, a crash soon after may lose the new file and the one before it.
     comm : mpi4py.MPI.Intracomm, optional
         Default: COMM_WORLD in an MPI job, else this process alone.
     **unknown : object
@@ -123,83 +136,164 @@ def save(
         "gather_to": gather_to,
         "state_type": state_type,
         "max_grouped_size": max_grouped_size,
+        "replicas": replicas,
+        "durable": durable,
         **unknown,
     }
-    with private_comm(_communicator(comm)) as own:
+    with private_comm(communicator(comm)) as own:
         call = _Call(own, path, given, clock)
         with clock.step("describe"):
-            described, held = on_all_ranks(
-                own, "describe the state dict", lambda: call.describe(state_dict)
-            )
+            call.describe(state_dict)
         with clock.step("plan"):
-            part = call.plan(described)
+            call.plan()
         try:
             with clock.step("stage"):
-                call.stage(part)
+                call.stage()
             with clock.step("move"):
-                moved = call.move(part, held)
+                call.move()
             with clock.step("seal"):
-                on_all_ranks(own, "seal", lambda: call.seal(moved))
+                call.seal()
             with clock.step("publish"):
-                return call.publish(moved)
+                return call.publish()
         except BaseException:
             call.discard()
             raise
 
 
-def _communicator(comm: Any) -> Any:
-    """Return the communicator to save over, or refuse ranks that are none."""
-    if comm is None and not is_under_mpi(os.environ):
-        return SoloComm()
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):  # no mpi4py, or no MPI library for it
-        check_launch(1, os.environ)
-        return SoloComm()
-    if MPI.Is_finalized():
-        raise ArgumentError("MPI is finalized: the ranks can no longer save together")
-    world = MPI.COMM_WORLD  # noqa: TID251 - the default communicator
-    if comm is None:
-        comm = world
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ArgumentError(f"comm is {comm!r}: it is an intracommunicator of mpi4py")
-    if comm != MPI.COMM_SELF:  # given on purpose, it means: this process alone
-        check_launch(world.size, os.environ)
-    return comm
+_NO_DIGESTS = np.zeros(0, np.uint32)
 
 
 class _Call:
-    """One call of save on one rank: its arguments, and the file that it writes."""
+    """One call of save on one rank."""
 
     def __init__(
         self, own: Comm, path: object, given: dict[str, Any], clock: Clock
     ) -> None:
         self.own = own
         self.clock = clock
+        self.sent_before = own.sent_nbytes
         self.path = path
         every = exchange(own, "check arguments", lambda: self._parse(given))
         self.args: Arguments = every[own.rank][0]
-        self.is_alone = self.args.roots is None
-        # Alone, a rank is the only one of a communicator of its own.
-        self.comm: Comm = SoloComm() if self.is_alone else own
-        self.roots = (0,) if self.args.roots is None else self.args.roots
-        on_all_ranks(own, "check arguments", lambda: self._check(every))
+        alike(own, "check arguments", lambda: check_alike([a for a, *_ in every]))
         # Where each rank that writes does so, links resolved; None for a file object.
-        self.paths = [path for _, path in every]
-        self.name = self.args.filled_path(own.rank)
+        self.paths = [path for _, path, _ in every]
+        self.threads = min(_MOST_THREADS, cores_of([w for *_, w in every], own.rank))
+        self.roots = self.args.roots
+        # Who seals the file of each rank: the lowest that gave the same path.
+        firsts: dict[str | None, int] = {}
+        self.sealers = [
+            rank if path is None else firsts.setdefault(path, rank)
+            for rank, path in enumerate(self.paths)
+        ]
+        self.comm: Comm = own
+        if self.roots is None:
+            self.comm = own.part(tuple(self.sealers))
+        self.place: Any = self.args.filled_path(own.rank) or path
         self.format: Format = (
             HDF5Format()
             if self.args.use_binary_format
             else PickleFormat(self.args.protocol)
         )
-        self.facts = self._facts()
+        self.limits = budget(self.args.max_nbytes)
         self.target: Target | None = None
-        self.layout: Layout | None = None
-        self.merged: Merged | None = None
-        self.writers: tuple[int, ...] = ()
-        # Bytes of the stream of each rank to each root.
-        self.totals = np.zeros((0, 0), np.int64)
-        self.transport: Gather | None = None
+        self.writers: tuple[int, ...] = (0,)  # ranks of `comm` that seal a file
+        self.gather: Gather | None = None
+        self.moved = Moved()
+
+    def _parse(self, given: dict[str, Any]) -> tuple[Arguments, str | None, Any]:
+        arguments = parse(self.path, self.own.size, given)
+        path = arguments.filled_path(self.own.rank)
+        writes = arguments.roots is None or self.own.rank in arguments.roots
+        # Only ranks that write touch the file system.
+        where = os.path.realpath(path) if path and writes else None
+        suffix, name = arguments.state_type, arguments.path
+        is_first = self.own.rank == (arguments.roots[0] if arguments.roots else 0)
+        if is_first and suffix and name and not name.endswith(suffix):
+            warn_caller(f"the path {name!r} does not end in the state type {suffix!r}")
+        return arguments, where, where_this_runs()
+
+    def describe(self, state: object) -> None:
+        """Find out what this rank holds, checked by state type and format."""
+        digests = exchange(
+            self.own, "describe the state dict", lambda: self._describe(state)
+        )
+        mine = self.sealers[self.own.rank]
+        if self.roots is None:
+            digests = [
+                d for d, s in zip(digests, self.sealers, strict=True) if s == mine
+            ]
+        self.digests = digests
+
+    def _describe(self, state: object) -> tuple[bytes, bytes]:
+        described, held, description = describe(
+            flatten(state, self.comm.rank, self.comm.size)
+        )
+        if self.args.state_type is not None:
+            handler = handler_of(self.args.state_type)
+            for node in described:
+                handler.check(node.key, node.kind, node.type_name)
+        self.format.check(described)
+        self.held: list[HeldArray] = held
+        self.description = description
+        return description.structure, description.digest
+
+    def plan(self) -> None:
+        """Get this rank's part of what all ranks hold together."""
+        args = self.args
+        what = (args.use_binary_format, args.protocol, args.roots, args.replicas)
+        facts = self._facts()
+        key = hashlib.blake2b(repr((what, self.limits, facts)).encode())
+        for _, digest in self.digests:
+            key.update(digest)
+        plans: dict[bytes, Part] = self.comm.kept.setdefault("plans", {})
+        # On all ranks or on none: all of them plan the same, in the same order.
+        part = plans.pop(key.digest(), None)
+
+        def plan() -> Part:
+            return part if part is not None else self._plan(facts)
+
+        # Groups plan each for itself, and not all of them anew: then all agree.
+        is_one = self.comm is self.own
+        part = plan() if is_one else on_all_ranks(self.own, "plan", plan)
+        plans[key.digest()] = part
+        while len(plans) > _MOST_PLANS:
+            del plans[next(iter(plans))]
+        self.part: Part = part
+
+    def _plan(self, facts: dict[str, str]) -> Part:
+        structures = [structure for structure, _ in self.digests]
+        is_first = structures.index(structures[self.comm.rank]) == self.comm.rank
+        mine = self.description
+
+        def combine(sent: list[tuple[Any, Any]]) -> list[Part]:
+            full = {first.structure: first for first, _ in sent if first is not None}
+            descriptions = [
+                full[structure].with_boxes(boxes)
+                for structure, (_, boxes) in zip(structures, sent, strict=True)
+            ]
+            parts = divide(
+                descriptions,
+                self.format,
+                facts,
+                roots=self.roots,
+                replicas=self.args.replicas,
+                chunk_nbytes=self.limits.chunk_nbytes,
+            )
+            for part in parts:
+                if part.whole is not None:
+                    self._warn_of_opaque(part.whole.merged)
+                    break
+            return parts
+
+        return through_coordinator(
+            self.comm,
+            "plan",
+            # Ranks that hold the same keys need not all say which.
+            lambda: (mine if is_first else None, mine.boxes),
+            combine,
+            root=self.roots[0] if self.roots else 0,
+        )
 
     def _facts(self) -> dict[str, str]:
         import mpisave
@@ -209,253 +303,231 @@ class _Call:
             facts["state_type"] = self.args.state_type
         return facts
 
-    def _parse(self, given: dict[str, Any]) -> tuple[Arguments, str | None]:
-        arguments = parse(self.path, self.own.size, given)
-        path = arguments.filled_path(self.own.rank)
-        writes = arguments.roots is None or self.own.rank in arguments.roots
-        # Only ranks that write touch the file system.
-        return arguments, os.path.realpath(path) if path and writes else None
-
-    def _check(self, every: Sequence[tuple[Arguments, str | None]]) -> None:
-        check_alike([arguments for arguments, _ in every])
-        if self.is_alone:
-            _check_apart([path for _, path in every])
-        args = self.args
-        is_first = self.own.rank == (self.roots[0] if not self.is_alone else 0)
-        suffix, path = args.state_type, args.path
-        if is_first and suffix and path and not path.endswith(suffix):
-            warnings.warn(
-                f"the path {path!r} does not end in the state type {suffix!r}",
-                stacklevel=7,  # the caller of save
-            )
-
-    def describe(self, state: object) -> tuple[list[Described], list[HeldArray]]:
-        """Return what this rank holds, checked by state type and format."""
-        described, held = describe(flatten(state))
-        if self.args.state_type is not None:
-            handler = handler_of(self.args.state_type)
-            for node in described:
-                handler.check(node.key, node.kind, node.type_name)
-        self.format.check(described)
-        return described, held
-
-    def plan(self, described: list[Described]) -> _Part:
-        """Return this rank's part of what all ranks hold together."""
-        if self.is_alone:
-            return on_all_ranks(self.own, "plan", lambda: self._plan([described])[0])
-        part = through_coordinator(
-            self.own, "plan", lambda: described, self._plan, root=self.roots[0]
-        )
-        self.totals = self.own.bcast(self.totals, root=self.roots[0])
-        return part
-
-    def _plan(self, descriptions: list[list[Described]]) -> list[_Part]:
-        """Return the part of each rank. On the coordinator."""
-        merged = merge(descriptions)
-        self._warn_of_opaque(merged)
-        size = len(descriptions)
-        parts: list[_Part] = [
-            _Part([], merged if rank in self.roots else None) for rank in range(size)
-        ]
-        nbytes = [entry.nbytes for entry in merged.entries]
-        ordinals = [dict(entry.holders) for entry in merged.entries]
-        self.totals = np.zeros((len(self.roots), size), np.int64)
-        for totals, root in zip(self.totals, self.roots, strict=True):
-            supplied = streams([owner(o, root) for o in ordinals], size)
-            for rank, (part, entries) in enumerate(zip(parts, supplied, strict=True)):
-                sends = entries if rank != root else []
-                totals[rank] = sum(nbytes[e] for e in sends)
-                part.outgoing.append([ordinals[e][rank] for e in sends])
-        return parts
-
     def _warn_of_opaque(self, merged: Merged) -> None:
         if self.args.use_binary_format:
             return
         for node in merged.nodes:
             if is_only_for_pickle(Described(*node)):
-                warnings.warn(
+                warn_caller(
                     f"{show_key(node.key)} is an object of type {node.type_name}: "
-                    f"mpisave.load will refuse the file, pickle.load alone reads it",
-                    stacklevel=8,  # the caller of save
+                    f"mpisave.load will refuse the file, pickle.load alone reads it"
                 )
 
-    def stage(self, part: _Part) -> None:
-        """Have the ranks that write lay the file out and reserve its bytes."""
-        self._elect()
-        on_all_ranks(self.own, "lay out the file", lambda: self._lay_out(part))
-
-    def _elect(self) -> None:
-        """Create the staging files: one for all roots that see the same directory."""
-        if self.is_alone or any(self.paths[root] is None for root in self.roots):
-            self.writers = self.roots
-            on_all_ranks(self.own, "create the staging file", self._create)
-            return
-        writers: list[int] = []
-        waiting = list(self.roots)
-        while waiting:
-            # One of each path goes ahead; the others look whether they see its file.
-            first = {self.paths[root]: root for root in reversed(waiting)}
-            names = exchange(
-                self.own,
-                "create the staging file",
-                self._create if self.own.rank in first.values() else lambda: None,
+    def stage(self) -> None:
+        """Have one rank for each file lay it out and reserve its bytes."""
+        must_begin = self.args.use_binary_format
+        if self.roots is None:
+            self.target = create_for_all(
+                self.own, self.sealers, self.place, must_begin=must_begin
             )
-            writers += first.values()
-            waiting = [root for root in waiting if root not in first.values()]
-            if waiting:
-                ahead = {root: names[first[self.paths[root]]] for root in waiting}
-                seen = exchange(
-                    self.own,
-                    "look for the staging file",
-                    functools.partial(self._sees, ahead.get(self.own.rank)),
-                )
-                waiting = [root for root in waiting if not seen[root]]
-        self.writers = tuple(sorted(writers))
+        else:
+            self.target, self.writers = create_for_roots(
+                self.own, self.roots, self.paths, self.place, must_begin=must_begin
+            )
+        on_all_ranks(self.own, "lay out the file", self._lay_out)
 
-    def _create(self) -> str | None:
-        if self.comm.rank not in self.roots:
-            return None
-        if self.name is None:
-            self.target = FileObject(self.path)  # type: ignore[arg-type]
-            self.target.check(must_begin=self.args.use_binary_format)
-            return None
-        staged = StagedFile(self.name)
-        self.target = staged
-        return staged.staging_name
+    @property
+    def _seals(self) -> bool:
+        return self.comm.rank in self.writers
 
-    def _sees(self, staging_name: str | None) -> bool:
-        if self.name is None or staging_name is None:
-            return False
-        return sees_staging_file(self.name, staging_name)
-
-    def _lay_out(self, part: _Part) -> None:
-        if self.target is None or part.merged is None:
+    def _lay_out(self) -> None:
+        whole = self.part.whole
+        if not self._seals or self.target is None or whole is None:
             return
-        self.merged = part.merged
-        self.layout = self.format.layout(part.merged, self.facts)
-        self.target.allocate(self.layout.nbytes)
-        for offset, data in self.layout.runs():
+        self.target.allocate(whole.layout.nbytes)
+        fill = self.roots is not None or self.comm.size == 1
+        for offset, data in whole.layout.runs(whole.handed_out, fill=fill):
             self.target.write(offset, memoryview(data))
 
-    def move(self, part: _Part, held: list[HeldArray]) -> Moved:
+    def move(self) -> None:
         """Bring all payload to the files."""
-        routes = [
-            Route(
-                root,
-                self.totals[number],
-                [held[ordinal] for ordinal in part.outgoing[number]],
-                self._incoming(held) if self.comm.rank == root else None,
-            )
-            for number, root in enumerate(self.roots)
-            if root in self.writers
-        ]
-        sizes = buffers(self.args.max_nbytes, len(routes))
+        is_woven = bool(self.part.files[0].woven)
+        if self.roots is None and self.comm is not self.own:  # not all have one file
+            is_woven = any(exchange(self.own, "exchange", lambda: is_woven))
+        # A rank that is alone flushes when it seals.
+        flushes = self.roots is None and self.args.durable and self.comm.size > 1
+        if self.roots is None:
 
-        def allocate() -> Gather:
-            self.transport = Gather(self.comm, routes, sizes)
-            return self.transport
+            def write() -> None:
+                self._write_own()
+                if flushes and not is_woven and self.target is not None:
+                    self.target.sync()
+
+            on_all_ranks(self.own, "write", write)
+        else:
+            on_all_ranks(self.own, "allocate buffers", self._allocate_gather)
+            on_all_ranks(self.own, "gather and write", self._gather)
+        if not is_woven:
+            return
+        for number, sealer in enumerate(self.roots or (0,)):
+            if sealer in self.writers:
+                self._exchange(number, sealer, flushes=flushes)
+
+    def _write_own(self) -> None:
+        part = self.part.files[0]
+        if self.target is None:
+            return
+        direct = Direct(
+            self.target,
+            part.stream,
+            part.stream.arrays(self.held),
+            part.between,
+            max_nbytes=self.args.max_nbytes,
+            # A file object has one position.
+            threads=self.threads if isinstance(self.place, str) else 1,
+        )
+        direct.move(self.moved, self.comm.rank)
+
+    def _allocate_gather(self) -> None:
+        routes = []
+        for root, part in zip(self.roots or (), self.part.files, strict=True):
+            if root not in self.writers:
+                continue
+            incoming = None
+            if root == self.comm.rank and self.part.whole and self.target:
+                incoming = self.part.whole.incoming(self.target, self.comm.size)
+            routes.append(Route(root, part.totals, part.stream, incoming))
+        sizes = buffers(self.args.max_nbytes, len(routes))
+        self.gather = Gather(self.comm, routes, self.held, sizes)
+
+    def _gather(self) -> None:
+        if self.gather is not None:
+            self.gather.move(self.moved)
+            self.gather = None  # and its buffers
+
+    def _exchange(self, number: int, sealer: int, *, flushes: bool) -> None:
+        """Put together what lies in short runs."""
+        part = self.part.files[number]
+        root = sealer if self.roots is not None else None
+        found = chunks(part.woven, self.limits.chunk_nbytes, writer=root)
+
+        def allocate() -> Exchange:
+            return Exchange(
+                self.comm,
+                part.woven,
+                found,
+                part.offsets,
+                self.held,
+                self.target if root in (None, self.comm.rank) else None,
+                self.limits,
+            )
 
         transport = on_all_ranks(self.own, "allocate buffers", allocate)
-        return on_all_ranks(self.own, "gather and write", transport.move)
 
-    def _incoming(self, held: list[HeldArray]) -> Incoming | None:
-        if self.target is None or self.layout is None or self.merged is None:
-            return None
-        root = self.comm.rank
-        extents: list[list[Extent]] = [[] for _ in range(self.comm.size)]
-        names: list[list[str]] = [[] for _ in range(self.comm.size)]
-        own = []
-        for entry, extent in zip(self.merged.entries, self.layout.extents, strict=True):
-            ordinals = dict(entry.holders)
-            rank = owner(ordinals, root)
-            if rank == root:
-                own.append((held[ordinals[rank]], extent))
-            else:
-                extents[rank].append(extent)
-                names[rank].append(show_key(entry.key))
-        return Incoming(self.target, extents, names, own)
+        def move() -> None:
+            transport.move(self.moved)
+            if flushes and self.target is not None:
+                self.target.sync()
 
-    def seal(self, moved: Moved) -> None:
+        on_all_ranks(self.own, "exchange and write", move)
+
+    def seal(self) -> None:
         """Write the index, and make all of it durable."""
-        if self.target is None or self.layout is None or self.merged is None:
-            return
-        streams_of = [iter(checksums) for checksums in moved.checksums]
-        root = self.comm.rank
-        checksums = [
-            next(streams_of[owner([r for r, _ in entry.holders], root)])
-            for entry in self.merged.entries
-        ]
-        data = index.encode(
-            self.merged,
-            self.layout,
-            checksums,
-            container=self.format.name,
-            facts=self.facts,
+        moved = self.moved
+        digests = _NO_DIGESTS
+        if self.args.replicas == "check":
+            digests = on_all_ranks(self.own, "compare replicas", self._digests)
+        sealer = self.writers[0]
+        mine = (
+            digests,
+            moved.of_streams.get(self.comm.rank),
+            moved.of_chunks.get(self.comm.rank),
         )
-        self.target.write(self.layout.nbytes, memoryview(data))
-        self.target.sync()
+        every = self.comm.gather(mine, root=sealer)
+        if self.roots is None and every is not None:
+            moved.of_streams = {
+                r: s for r, (_, s, _) in enumerate(every) if s is not None
+            }
+            moved.of_chunks = {r: c for r, (*_, c) in enumerate(every) if c is not None}
 
-    def publish(self, moved: Moved) -> SaveReport:
+        def write() -> None:
+            whole = self.part.whole
+            if not self._seals or self.target is None or whole is None:
+                if self.target is not None:
+                    self.target.close()  # it may fail, and flushes on some systems
+                return
+            if every is not None:
+                whole.check_replicas([digests for digests, *_ in every])
+            data = index.encode(
+                whole.merged,
+                whole.layout,
+                whole.checksums(moved, self.comm.size),
+                container=self.format.name,
+                facts=self._facts(),
+            )
+            self.target.write(whole.layout.nbytes, memoryview(data))
+            # What a file object had behind is cut off in any case.
+            if self.args.durable or not isinstance(self.place, str):
+                self.target.sync()
+
+        on_all_ranks(self.own, "seal", write)
+
+    def _digests(self) -> Any:
+        """Return the CRC-32C of each array that others hold as well."""
+        values = []
+        for ordinal in self.part.replicas:
+            array, value = self.held[ordinal], 0
+            with naming(array.name):
+                data = array.view(0, array.nbytes)
+                for start in range(0, array.nbytes, _STAGED_NBYTES):
+                    stop = min(start + _STAGED_NBYTES, array.nbytes)
+                    if data is None:
+                        part = np.empty(stop - start, np.uint8)
+                        array.stage(start, part)
+                    else:
+                        part = data[start:stop]
+                    value = crc32c(part, value)
+            values.append(value)
+        return np.array(values, np.uint32)
+
+    def publish(self) -> SaveReport:
         """Make the files visible, and report."""
-        clock = self.clock
-        began = time.perf_counter()
-        reports = exchange(self.own, "publish", lambda: self._publish(moved))
-        writers = [self.own.rank] if self.is_alone else list(self.writers)
-        written = [reports[writer] for writer in writers]
+        clock, began = self.clock, time.perf_counter()
+        reports = exchange(self.own, "publish", self._publish)
+        writers = self.writers
+        if self.roots is None:
+            writers = (self.sealers[self.own.rank],)
+        written = [report for w in writers if (report := reports[w]) is not None]
         first = written[0]
-        if first is None:
-            raise RuntimeError("a rank that wrote gave no report")
         now = time.perf_counter()
         seconds = {**first.seconds, "publish": now - began, "total": now - clock.began}
-        paths = tuple(report.path for report in written if report is not None)
         report = SaveReport(
-            paths,
+            tuple(report.path for report in written),
             first.nbytes,
             first.payload_nbytes,
             seconds,
             first.step_nbytes,
             first.rounds,
             first.transport,
+            self.own.sent_nbytes - self.sent_before,
         )
         if self.own.rank == writers[0]:
             _log.info("saved %s", report)
         return report
 
-    def _publish(self, moved: Moved) -> SaveReport | None:
-        if self.target is None or self.layout is None or self.merged is None:
+    def _publish(self) -> SaveReport | None:
+        whole, moved = self.part.whole, self.moved
+        if not self._seals or self.target is None or whole is None:
             return None
-        self.target.publish()
+        self.target.publish(durable=self.args.durable)
         overlapped = {"gather": moved.waited_s, "write": moved.written_s}
-        seconds = {**self.clock.seconds, **overlapped}
-        payload = self.merged.nbytes
+        payload = int(whole.merged.nbytes_of_entries().sum())
+        transport = "none"
+        if self.comm.size > 1 and (moved.rounds or self.roots is None):
+            transport = "direct (host)" if self.roots is None else "gather (host)"
         return SaveReport(
             (self.target.name,),
             self.target.nbytes,
             payload,
-            seconds,
+            {**self.clock.seconds, **overlapped},
             {"gather": moved.nbytes, "write": payload},
-            moved.rounds,
-            "gather (host)" if moved.rounds else "none",
+            moved.rounds if self.comm.size > 1 else 0,
+            transport,
         )
 
     def discard(self) -> None:
         """Leave nothing behind of a save that failed."""
-        if self.transport is not None:
-            self.transport.close()
+        if self.gather is not None:
+            self.gather.close()
         if self.target is not None:
             self.target.discard()
-
-
-def _check_apart(paths: Sequence[str | None]) -> None:
-    """Refuse ranks that would each write the same file."""
-    seen: dict[str, int] = {}
-    for rank, path in enumerate(paths):
-        if path is None:
-            continue
-        if path in seen:
-            raise ArgumentError(
-                f"ranks {seen[path]} and {rank} would each save alone to the same "
-                f"path, {path}: put '{{rank}}' into the path for a file a rank, or "
-                f"gather to one rank with gather_to=0"
-            )
-        seen[path] = rank

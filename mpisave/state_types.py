@@ -23,7 +23,8 @@ class StateType(Protocol):
         key : tuple of str and int
             Where the node stands; empty for the state itself.
         kind : str
-            ``"dict"``, ``"list"``, ``"tuple"``, ``"array"`` or ``"object"``.
+            ``"dict"``, ``"per_rank"``, ``"list"``, ``"tuple"``, ``"array"`` or
+            ``"object"``.
         type_name : str
             Name of the Python type of an object.
 
@@ -33,6 +34,9 @@ class StateType(Protocol):
             If it does not belong there.
         """
         ...
+
+
+_NAMES = {"per_rank": "PerRank"}
 
 
 class Params:
@@ -45,7 +49,11 @@ class Params:
                 f"a state of type 'params' is a dict of arrays, not: {kind} {type_name}"
             )
         if key and kind != "array":
-            what = f"an object of type {type_name}" if kind == "object" else f"a {kind}"
+            what = (
+                f"an object of type {type_name}"
+                if kind == "object"
+                else f"a {_NAMES.get(kind, kind)}"
+            )
             raise StateDictError(
                 f"{show_key(key)} is {what}: a state of type 'params' is a flat "
                 f"dict of arrays. Save nested states and small objects with "

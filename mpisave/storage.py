@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -49,8 +50,12 @@ class Target(Protocol):
         """Return once what was written is durable."""
         ...
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = True) -> None:
         """Make the file visible under its name, durably."""
+        ...
+
+    def close(self) -> None:
+        """Be done with the file, where another rank publishes it."""
         ...
 
     def discard(self) -> None:
@@ -87,13 +92,8 @@ class StagedFile:
     """
 
     def __init__(self, path: str) -> None:
-        self.name = path
-        self._final = Path(os.path.realpath(path))
-        self._staging = self._final.with_name(
-            f".{self._final.name[:40]}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
-        )
-        self._published = False
-        self.nbytes = 0
+        final = Path(os.path.realpath(path)).name
+        self._place(path, f".{final[:40]}.{secrets.token_hex(8)}{STAGING_SUFFIX}")
         if self._final.is_dir():
             raise StorageError(f"cannot save to {path}: it is a directory")
         if self._final.exists() and not self._final.is_file():
@@ -107,8 +107,32 @@ class StagedFile:
                 f"{self._final.parent}. Create it before saving."
             )
         with _naming("create the staging file for", path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            # Not for reading: NFS would then fetch the pages that it changes.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self._staging, flags, 0o666)
+
+    def _place(self, path: str, staging_name: str) -> None:
+        self.name = path
+        self._final = Path(os.path.realpath(path))
+        self._staging = self._final.with_name(staging_name)
+        self._published = False
+        self.nbytes = 0
+
+    @classmethod
+    def join(cls, path: str, staging_name: str) -> StagedFile:
+        """Open the staging file that another rank created, to write to it as well.
+
+        Raises
+        ------
+        OSError
+            If it is not there for this rank, or cannot be written.
+        """
+        self = cls.__new__(cls)
+        self._place(path, staging_name)
+        # The name was never looked up here: no attribute cache can answer for the
+        # server.
+        self._fd = os.open(self._staging, os.O_WRONLY | os.O_CLOEXEC)
+        return self
 
     @property
     def staging_name(self) -> str:
@@ -161,12 +185,14 @@ class StagedFile:
         with _naming("flush", self.name):
             os.fsync(self._fd)
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = True) -> None:
         """Rename to the final name, and make the rename durable."""
         with _naming("publish", self.name):
-            self._close()
+            self.close()
             self._staging.replace(self._final)
             self._published = True
+            if not durable:
+                return
             directory = os.open(self._final.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(directory)
@@ -176,15 +202,17 @@ class StagedFile:
     def discard(self) -> None:
         """Remove the staging file, if it was not published."""
         with contextlib.suppress(OSError):
-            self._close()
+            self.close()
         if not self._published:
             with contextlib.suppress(OSError):
                 self._staging.unlink()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the file, where this rank does not publish it."""
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
-            os.close(descriptor)
+            with _naming("close", self.name):
+                os.close(descriptor)
 
 
 class FileObject:
@@ -248,8 +276,11 @@ class FileObject:
             self._file.truncate()
             self._file.flush()
 
-    def publish(self) -> None:
+    def publish(self, *, durable: bool = True) -> None:
         """Do nothing: what was written is there already."""
+
+    def close(self) -> None:
+        """Do nothing: the object is the caller's."""
 
     def discard(self) -> None:
         """Cut the object back to where it stood."""
@@ -294,13 +325,36 @@ class Source:
             self.name = f"<{type(file).__name__}>"
             self._file = file
         self.nbytes = self._file.seek(0, os.SEEK_END)
+        self._one_at_a_time = threading.Lock()  # a file object has one position
+
+    @property
+    def descriptor(self) -> int | None:
+        """The file descriptor, or None for a file object."""
+        return self._file.fileno() if self._owned else None
 
     def read_into(self, offset: int, out: memoryview) -> int:
-        """Fill `out` from `offset`; return how many bytes there were."""
+        """Fill `out` from `offset`; return how many bytes there were.
+
+        Several threads may do so at a time.
+        """
+        done = 0
+        if self._owned:
+            descriptor = self._file.fileno()
+            while done < out.nbytes:
+                # At most 0x7ffff000 bytes in a call.
+                part = os.preadv(descriptor, [out[done:]], offset + done)
+                if not part:
+                    break
+                done += part
+            return done
+        with self._one_at_a_time:
+            return self._read_object(offset, out)
+
+    def _read_object(self, offset: int, out: memoryview) -> int:
         self._file.seek(offset)
         done = 0
         while done < out.nbytes:
-            # A raw file gives what it has, at most 0x7ffff000 bytes; others all.
+            # A raw file gives what it has; others all.
             part = self._read_some(out[done:])
             if not part:
                 break

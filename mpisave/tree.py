@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from mpisave.errors import Key, StateDictError, show_key
 
-Kind: TypeAlias = Literal["dict", "list", "tuple", "leaf"]
+# "per_rank": a dict of what each rank gave, by rank.
+Kind: TypeAlias = Literal["dict", "per_rank", "list", "tuple", "leaf"]
 
 # Deeper states are taken for a mistake: a container that holds itself by a proxy.
 MAX_DEPTH = 64
@@ -18,23 +20,42 @@ class Node(NamedTuple):
 
     key: Key  # the way to it from the top: dict keys and list indices
     kind: Kind
-    value: Any  # of a leaf; the number of items of a list or tuple; else None
+    # Of a leaf; the number of items of a list or tuple, of ranks of a per_rank; None.
+    value: Any
 
 
-def flatten(state: object) -> list[Node]:
+@dataclass(frozen=True, slots=True, eq=False)
+class PerRank:
+    """A value that each rank has of its own: random state, data position.
+
+    Saved as a dict of the ranks' values, by rank; loaded, each rank has its own.
+
+    Parameters
+    ----------
+    value : whatever a state may hold
+        This rank's value.
+    """
+
+    value: Any
+
+
+def flatten(state: object, rank: int = 0, size: int = 1) -> list[Node]:
     """Return the nodes of `state`, a container before what it holds.
 
-    Mappings count as dicts, subclasses of list and tuple as what they derive from.
+    Mappings count as dicts, subclasses of list and tuple as what they derive from, and
+    `PerRank` as a dict in which `rank` has its value.
 
     Raises
     ------
     StateDictError
         If a key is neither str nor int, or a container holds itself.
     """
-    return list(_walk(state, (), ()))
+    return list(_walk(state, (), (), (rank, size)))
 
 
-def _walk(value: Any, key: Key, above: tuple[int, ...]) -> Iterator[Node]:
+def _walk(
+    value: Any, key: Key, above: tuple[int, ...], rank: tuple[int, int] | None
+) -> Iterator[Node]:
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, Mapping):
         yield Node(key, "dict", None)
@@ -42,6 +63,11 @@ def _walk(value: Any, key: Key, above: tuple[int, ...]) -> Iterator[Node]:
     elif isinstance(value, (list, tuple)):
         yield Node(key, "list" if isinstance(value, list) else "tuple", len(value))
         items = enumerate(value)
+    elif isinstance(value, PerRank):
+        if rank is None:
+            raise StateDictError(f"{show_key(key)} is a PerRank within a PerRank")
+        yield Node(key, "per_rank", rank[1])
+        items, rank = [(rank[0], value.value)], None
     else:
         yield Node(key, "leaf", value)
         return
@@ -61,7 +87,7 @@ def _walk(value: Any, key: Key, above: tuple[int, ...]) -> Iterator[Node]:
             raise StateDictError(
                 f"{show_key(key)} has the key {name!a}: it is no valid Unicode"
             )
-        yield from _walk(item, (*key, name), above)
+        yield from _walk(item, (*key, name), above, rank)
 
 
 def _is_text(name: str) -> bool:
@@ -81,7 +107,9 @@ def rebuild(nodes: Iterable[Node]) -> Any:
     built: dict[Key, Any] = {}
     tuples = []
     for key, kind, value in nodes:
-        item: Any = {} if kind == "dict" else value if kind == "leaf" else []
+        item: Any = value if kind == "leaf" else []
+        if kind in ("dict", "per_rank"):
+            item = {}
         built[key] = item
         if kind == "tuple":
             tuples.append(key)

@@ -43,6 +43,13 @@ class FakeDeviceLibrary:
 
     def stage(self, array, start, out):
         self.calls.append((start, out.size))
+        out[:] = self._view(array).reshape(-1)[start : start + out.size]
+
+    def stage_box(self, array, where, out):
+        self.calls.append((where, out.size))
+        out[...] = self._view(array)[where]
+
+    def _view(self, array):
         interface = array.__cuda_array_interface__
         dtype = np.dtype(interface["typestr"])
         shape, strides = interface["shape"], interface["strides"]
@@ -50,5 +57,4 @@ class FakeDeviceLibrary:
         memory = (ctypes.c_char * (last + dtype.itemsize)).from_address(
             interface["data"][0]
         )
-        view = np.ndarray(shape, dtype, memory, strides=strides)
-        out[:] = view.reshape(-1)[start : start + out.size]
+        return np.ndarray(shape, dtype, memory, strides=strides)

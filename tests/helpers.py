@@ -5,6 +5,7 @@ import os
 import re
 
 import numpy as np
+import pytest
 
 
 def assert_on_all_ranks(comm, condition, what=""):
@@ -69,3 +70,13 @@ def unescape(text):
     if text == "%":
         return ""
     return re.sub(r"%([0-9A-F]{2})", lambda found: chr(int(found[1], 16)), text)
+
+
+@contextlib.contextmanager
+def small_blocks(nbytes=64):
+    """Have blocks of checksums of a few bytes, so that small arrays are of many."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("checksum", "plan", "reading", "transport.direct"):
+            patch.setattr(f"mpisave.{module}.BLOCK_NBYTES", nbytes)
+        patch.setattr("mpisave.reading._WINDOW_NBYTES", 4 * nbytes)
+        yield

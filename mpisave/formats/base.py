@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from mpisave.checksum import crc32c
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from mpisave.metadata import Described, Merged
     from mpisave.plan import Extent
@@ -37,15 +37,26 @@ class Layout:
             value = crc32c(data, value)
         return value
 
-    def runs(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the skeleton in few large runs, small extents between filled by zeros.
+    def runs(
+        self, without: Container[int] = (), *, fill: bool = True
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield the skeleton in few large runs, to be written before any payload.
 
-        To be written before any payload.
+        Parameters
+        ----------
+        without : container of int
+            Offsets of what others write.
+        fill : bool
+            Whether to fill small extents between with zeros. Not where other ranks
+            write these: a network file system may send the zeros after the payload.
         """
+        join = _JOIN_NBYTES if fill else 0
         start, run = 0, bytearray()
         for offset, data in self.skeleton:
+            if offset in without:
+                continue
             gap = offset - start - len(run)
-            if run and gap > _JOIN_NBYTES:
+            if run and gap > join:
                 yield start, bytes(run)
                 run.clear()
             if not run:

@@ -239,7 +239,7 @@ class _Texts:
             starts = node.kind in ("list", "tuple") and key and key not in with_arrays
             if not is_inside and not starts:
                 continue
-            value: Any = {} if node.kind == "dict" else []
+            value: Any = {} if node.kind in ("dict", "per_rank") else []
             if node.kind == "object":
                 value = _readable(pickle.loads(node.detail))  # noqa: S301 - as above
             if is_inside:

@@ -13,6 +13,8 @@ It ends every file of ours, behind all that readers of the format look at::
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import math
 import pickle
@@ -21,9 +23,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
-from mpisave.checksum import crc32c
+from mpisave.checksum import block_count, crc32c
 from mpisave.errors import FileFormatError, Key, show_key
 from mpisave.formats.objects import from_json, to_json
 from mpisave.plan import Extent
@@ -49,7 +52,7 @@ class Stored:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     extent: Extent
-    crc32c: int
+    sums: tuple[int, ...]  # CRC-32C of each block, see checksum.BLOCK_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Index:
 def encode(
     merged: Merged,
     layout: Layout,
-    checksums: Sequence[int],
+    checksums: Sequence[npt.NDArray[np.uint32]],
     *,
     container: str,
     facts: Mapping[str, str],
@@ -106,8 +109,8 @@ def encode(
     ----------
     merged, layout : Merged, Layout
         What the file holds, and where.
-    checksums : sequence of int, one an entry
-        CRC-32C of each array's bytes.
+    checksums : sequence of ndarray of uint32, one an entry
+        CRC-32C of each block of each array.
     container : str
         Name of the format.
     facts : mapping of str to str
@@ -117,9 +120,9 @@ def encode(
     nodes: list[list[Any]] = []
     for node in merged.nodes:
         if node.kind == "array":
-            extent, checksum = next(arrays)
+            extent, sums = next(arrays)
             entry = node.detail
-            where = [extent.offset, extent.nbytes, checksum]
+            where = [extent.offset, extent.nbytes, _sums_to_json(sums)]
             array = [dtype_name(entry.dtype), list(entry.shape), *where]
             nodes.append([node.key, "array", *array])
         elif node.kind == "object":
@@ -140,8 +143,27 @@ def encode(
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     fields = _FIELDS.pack(layout.nbytes, len(text), VERSION)
-    checksum = crc32c(fields, crc32c(text))
-    return text + fields + struct.pack("<I", checksum) + MAGIC
+    own = crc32c(fields, crc32c(text))
+    return text + fields + struct.pack("<I", own) + MAGIC
+
+
+def _sums_to_json(sums: npt.NDArray[np.uint32]) -> int | str:
+    """Return one number for one block, base64 of little-endian numbers for more."""
+    if len(sums) < 2:
+        return int(sums[0]) if len(sums) else 0
+    return base64.b64encode(sums.astype("<u4").tobytes()).decode()
+
+
+def _sums_from_json(data: int | str, nbytes: int) -> tuple[int, ...]:
+    blocks = block_count(nbytes)
+    if isinstance(data, str):
+        raw = base64.b64decode(data, validate=True)
+        if blocks < 2 or len(raw) != 4 * blocks:
+            raise ValueError(f"{len(raw)} bytes of checksums for {blocks} blocks")
+        return struct.unpack(f"<{blocks}I", raw)
+    if blocks > 1:
+        raise ValueError(f"one checksum for {blocks} blocks")
+    return (_whole(data),) * blocks
 
 
 def find(trailer: bytes, file_nbytes: int) -> tuple[int, int] | None:
@@ -218,21 +240,31 @@ def _node(key: list[str | int], kind: str, *detail: Any) -> Node:
         return Node(where, "leaf", Opaque(str(detail[0])))
     if kind == "dict" and detail == (None,):
         return Node(where, "dict", None)
-    if kind in ("list", "tuple"):
+    if kind in ("list", "tuple", "per_rank"):
         return Node(where, kind, _whole(detail[0]))  # type: ignore[arg-type]
     raise ValueError(f"{show_key(where)} is of the unknown kind {kind!r}")
 
 
 def _stored(
-    key: Key, name: str, shape: list[int], offset: int, nbytes: int, checksum: int
+    key: Key,
+    name: str,
+    shape: list[int],
+    offset: int,
+    nbytes: int,
+    checksums: int | str,
 ) -> Stored:
     dtype = dtype_from_name(name)
     extent = Extent(_whole(offset), _whole(nbytes))
     if math.prod(map(_whole, shape)) * stored_dtype(dtype).itemsize != nbytes:
         raise ValueError(f"{show_key(key)} of shape {shape} has {nbytes} bytes")
+    _check_shape(dtype, tuple(shape))
+    return Stored(key, dtype, tuple(shape), extent, _sums_from_json(checksums, nbytes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_shape(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     # No memory is taken: NumPy's own limits on axes and sizes.
-    np.broadcast_to(np.empty((), dtype), tuple(shape))
-    return Stored(key, dtype, tuple(shape), extent, _whole(checksum))
+    np.broadcast_to(np.empty((), dtype), shape)
 
 
 def _whole(number: Any) -> int:
@@ -260,18 +292,24 @@ def _check_tree(nodes: Sequence[Node]) -> None:
         raise ValueError("the state itself is not the first node")
     kinds: dict[Key, str] = {}
     items: dict[Key, list[int]] = {}  # how many there were, and are to be
+    ranks: dict[Key, int] = {}
     for key, kind, value in nodes:
         if key in kinds:
             raise ValueError(f"{show_key(key)} is there twice")
         kinds[key] = kind
         if kind in ("list", "tuple"):
             items[key] = [0, value]
+        elif kind == "per_rank":
+            ranks[key] = value
         if not key:
             continue
         above = kinds.get(key[:-1], "missing")
         if above in ("missing", "leaf"):
             raise ValueError(f"{show_key(key)} lies in no container")
-        if above != "dict":
+        if above == "per_rank":
+            if type(key[-1]) is not int or not 0 <= key[-1] < ranks[key[:-1]]:
+                raise ValueError(f"{show_key(key)} is of none of the ranks that saved")
+        elif above != "dict":
             if type(key[-1]) is not int or key[-1] != items[key[:-1]][0]:
                 raise ValueError(f"{show_key(key)} is out of order")
             items[key[:-1]][0] += 1

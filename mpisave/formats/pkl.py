@@ -74,6 +74,8 @@ class _Writer:
         self._holes: list[tuple[int, Entry]] = []
         self._payload = 0
         self._memo: dict[object, int] = {}
+        # What comes before the bytes of an array of a dtype and shape.
+        self._heads: dict[tuple[object, tuple[int, ...]], bytes] = {}
 
     def layout(self, merged: Merged) -> Layout:
         self._out += pickle.PROTO + bytes([self._protocol])
@@ -136,13 +138,20 @@ class _Writer:
         if not dtype.isnative:
             self._swapped_array(entry, dtype)
             return
-        self._global(_MULTIARRAY, "_reconstruct")
-        self._global("numpy", "ndarray")
-        self._out += _opcodes((0,)) + _opcodes(b"b") + pickle.TUPLE3 + pickle.REDUCE
-        # The state of an ndarray: version, shape, dtype, is it Fortran, bytes.
-        self._out += pickle.MARK + _opcodes(1) + _opcodes(entry.shape)
-        self._dtype(dtype)
-        self._out += pickle.NEWFALSE
+        begin, known = len(self._out), len(self._memo)
+        head = self._heads.get((dtype, entry.shape))
+        if head is not None:
+            self._out += head
+        else:
+            self._global(_MULTIARRAY, "_reconstruct")
+            self._global("numpy", "ndarray")
+            self._out += _opcodes((0,)) + _opcodes(b"b") + pickle.TUPLE3 + pickle.REDUCE
+            # The state of an ndarray: version, shape, dtype, is it Fortran, bytes.
+            self._out += pickle.MARK + _opcodes(1) + _opcodes(entry.shape)
+            self._dtype(dtype)
+            self._out += pickle.NEWFALSE
+            if len(self._memo) == known:  # nothing was new: it is the same again
+                self._heads[dtype, entry.shape] = bytes(self._out[begin:])
         self._hole(entry)
         self._out += pickle.TUPLE + pickle.BUILD
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.checksum import crc32c
+from mpisave.checksum import BlockSums
 from mpisave.errors import naming
 from mpisave.plan import Cursor, displacements, rounds
-from mpisave.transport.base import Moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mpisave.arrays import Bytes, HeldArray
-    from mpisave.plan import Buffers, Extent
-    from mpisave.transport.base import Incoming, Route
+    from mpisave.plan import Buffers
+    from mpisave.transport.base import Incoming, Moved, Route
 
 # Own arrays are written in blocks, so that a round that has arrived need not wait, and
 # that a block is in the cache still when it is written after its checksum.
@@ -50,6 +49,8 @@ class Gather:
         A communicator of mpi4py, or of a single process.
     routes : sequence of Route
         One a root, in the same order on every rank.
+    held : sequence of HeldArray
+        The arrays of this rank, by ordinal.
     sizes : Buffers
         How a root spends its cap, in bytes.
 
@@ -59,7 +60,13 @@ class Gather:
         If there is no memory for the buffers of a root. Nothing was sent by then.
     """
 
-    def __init__(self, comm: Any, routes: Sequence[Route], sizes: Buffers) -> None:
+    def __init__(
+        self,
+        comm: Any,
+        routes: Sequence[Route],
+        held: Sequence[HeldArray],
+        sizes: Buffers,
+    ) -> None:
         self._comm = comm
         self._routes = routes
         self._ends: list[_Sender | _Root] = []
@@ -70,9 +77,9 @@ class Gather:
             for route in routes:
                 incoming = route.incoming
                 self._ends.append(
-                    _Sender(comm, route, packed)
+                    _Sender(comm, route, held, packed)
                     if incoming is None
-                    else _Root(comm, route, incoming, sizes)
+                    else _Root(comm, route, held, incoming, sizes)
                 )
         except BaseException:
             self.close()
@@ -84,13 +91,13 @@ class Gather:
         for end in self._ends:
             end.finish()
 
-    def move(self) -> Moved:
+    def move(self, moved: Moved) -> None:
         """Move all streams to their roots and write them. Collective.
 
-        Returns
-        -------
-        Moved
-            What arrived and was written here.
+        Parameters
+        ----------
+        moved : Moved
+            Told what arrived and was written here.
 
         Raises
         ------
@@ -98,7 +105,6 @@ class Gather:
             What failed on this rank, after it has kept pace with the others: the
             caller has all ranks agree on it.
         """
-        moved = Moved()
         for end in self._ends:
             end.start()
         try:
@@ -106,14 +112,13 @@ class Gather:
         finally:
             self.close()
         for route, end in zip(self._routes, self._ends, strict=True):
-            checksums = self._comm.gather(end.checksums, root=route.root)
+            every = self._comm.gather(np.array(end.sums.values, np.uint32), route.root)
             if isinstance(end, _Root):
-                moved.checksums = checksums
-                moved.written_s = end.written_s
+                moved.of_streams.update(enumerate(every))
+                moved.written_s += end.written_s
         for end in self._ends:
             if end.error:
                 raise end.error
-        return moved
 
     def _all_rounds(self, moved: Moved) -> None:
         for number in itertools.count(1):
@@ -132,13 +137,16 @@ class Gather:
 class _Sender:
     """The end of a route that is not the root."""
 
-    def __init__(self, comm: Any, route: Route, packed: Bytes) -> None:
+    def __init__(
+        self, comm: Any, route: Route, held: Sequence[HeldArray], packed: Bytes
+    ) -> None:
         self._comm = comm
         self._root = route.root
-        self._arrays = route.outgoing
-        self._cursor = Cursor([array.nbytes for array in route.outgoing])
+        self._stream = route.stream
+        self._arrays = route.stream.arrays(held)
+        self._cursor = Cursor(route.stream.nbytes)
         self._packed = packed
-        self.checksums = [0] * len(route.outgoing)
+        self.sums = BlockSums()
         self.error: BaseException | None = None
 
     def start(self) -> None:
@@ -161,14 +169,15 @@ class _Sender:
     def _next(self, nbytes: int) -> Bytes:
         window = self._cursor.take(nbytes)
         done = 0
-        for item, start, part in window:
+        for item, first, part in window:
             array = self._arrays[item]
+            start = self._stream.starts[item] + first
             with naming(array.name):
                 view = array.view(start, start + part) if len(window) == 1 else None
                 if view is None:
                     view = self._packed[done : done + part]
                     array.stage(start, view)
-                self.checksums[item] = crc32c(view, self.checksums[item])
+                self.sums.add(item, self._stream.within[item] + first, view.data)
             if len(window) == 1:
                 return view
             done += part
@@ -177,20 +186,27 @@ class _Sender:
     def _gatherv(self, data: Bytes) -> None:
         from mpi4py import MPI
 
-        self._comm.Gatherv([data, data.size, MPI.BYTE], None, root=self._root)
+        self._comm.raw.Gatherv([data, data.size, MPI.BYTE], None, root=self._root)
 
 
 class _Root:
     """The end of a route that receives and writes."""
 
     def __init__(
-        self, comm: Any, route: Route, incoming: Incoming, sizes: Buffers
+        self,
+        comm: Any,
+        route: Route,
+        held: Sequence[HeldArray],
+        incoming: Incoming,
+        sizes: Buffers,
     ) -> None:
         self._comm = comm
         self._root = route.root
         self._incoming = incoming
-        self._cursors = [Cursor([e.nbytes for e in es]) for es in incoming.extents]
-        self.checksums = [0] * len(incoming.own)
+        self._cursors = [Cursor(nbytes) for nbytes in incoming.nbytes]
+        self._own = route.stream
+        self._arrays = route.stream.arrays(held)
+        self.sums = BlockSums()
         self._scratch: Bytes = np.empty(0, np.uint8)
         self._scratch_nbytes = sizes.scratch_nbytes
         total = int(route.totals.sum())
@@ -244,7 +260,7 @@ class _Root:
         # The root's own part is in place, and empty: it is written from its arrays.
         # An MPI without CUDA would otherwise copy device memory with memcpy.
         received = [buffer, counts.tolist(), displs.tolist(), MPI.BYTE]
-        self._comm.Gatherv(MPI.IN_PLACE, received, root=self._root)
+        self._comm.raw.Gatherv(MPI.IN_PLACE, received, root=self._root)
 
     def _write(
         self,
@@ -256,11 +272,9 @@ class _Root:
         for rank in np.flatnonzero(counts).tolist():
             at = int(displs[rank])
             for item, start, part in self._cursors[rank].take(int(counts[rank])):
-                extent = self._incoming.extents[rank][item]
+                offset = self._incoming.offsets[rank][item]
                 with naming(self._incoming.names[rank][item]):
-                    self._incoming.target.write(
-                        extent.offset + start, data[at : at + part]
-                    )
+                    self._incoming.target.write(offset + start, data[at : at + part])
                 at += part
 
     def _done(self, buffer: Bytes) -> None:
@@ -271,9 +285,9 @@ class _Root:
         """Yield the writes of this rank's own arrays, in blocks of bounded length."""
         block: list[tuple[int, int, int]] = []
         waiting = 0
-        for item, (array, _) in enumerate(self._incoming.own):
-            for start in range(0, array.nbytes, _OWN_BLOCK_NBYTES):
-                stop = min(start + _OWN_BLOCK_NBYTES, array.nbytes)
+        for item, nbytes in enumerate(self._own.nbytes):
+            for start in range(0, nbytes, _OWN_BLOCK_NBYTES):
+                stop = min(start + _OWN_BLOCK_NBYTES, nbytes)
                 block.append((item, start, stop))
                 waiting += stop - start
                 if waiting >= _OWN_BLOCK_NBYTES:
@@ -283,22 +297,21 @@ class _Root:
 
     def _write_own(self, block: list[tuple[int, int, int]]) -> None:
         for item, first, stop in block:
-            array, extent = self._incoming.own[item]
-            with naming(array.name):
-                self._write_run(item, array, extent, first, stop)
+            with naming(self._arrays[item].name):
+                self._write_run(item, self._arrays[item], first, stop)
 
-    def _write_run(
-        self, item: int, array: HeldArray, extent: Extent, start: int, stop: int
-    ) -> None:
+    def _write_run(self, item: int, array: HeldArray, start: int, stop: int) -> None:
+        before, within = self._own.starts[item], self._own.within[item]
+        offset = self._own.offsets[item]
         while start < stop:
-            view = array.view(start, stop)
+            view = array.view(before + start, before + stop)
             if view is None:
                 if not self._scratch.size:
                     self._scratch = np.empty(self._scratch_nbytes, np.uint8)
                 view = self._scratch[: stop - start]
-                array.stage(start, view)
-            self.checksums[item] = crc32c(view, self.checksums[item])
-            self._incoming.target.write(extent.offset + start, view.data)
+                array.stage(before + start, view)
+            self.sums.add(item, within + start, view.data)
+            self._incoming.target.write(offset + start, view.data)
             start += view.size
 
 

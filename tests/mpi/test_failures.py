@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_on_all_ranks, failing_on, files_in
 
 import mpisave
-from mpisave import arrays, saving, storage
+from mpisave import arrays, parts, saving, storage
 from mpisave.formats import hdf5, pkl
 from mpisave.transport import gather
 
@@ -90,7 +90,7 @@ def fail_after(calls, exc, function):
 STEPS = {
     "describe": (saving, "flatten", "describe the state dict"),
     "stage": (storage.os, "open", "create the staging file"),
-    "lay out": (pkl.PickleFormat, "layout", "lay out the file"),
+    "lay out": (pkl.PickleFormat, "layout", "plan"),
     "reserve": (storage.StagedFile, "allocate", "lay out the file"),
     "buffers": (saving, "Gather", "allocate buffers"),
     "write": (storage.os, "pwrite", "lay out the file"),
@@ -122,7 +122,7 @@ def test_failure_of_the_coordinator_to_plan_is_raised_everywhere(
     comm, old, monkeypatch
 ):
     error = RuntimeError("no plan")
-    with failing_on(comm, 0, monkeypatch, saving, "merge", error):
+    with failing_on(comm, 0, monkeypatch, parts, "merge", error):
         caught = assert_refused(
             comm, mpisave.CollectiveError, lambda: save(comm, old), "no plan", [0]
         )
@@ -345,16 +345,26 @@ def test_path_that_differs_is_refused(comm, old):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_same_path_without_gathering_is_refused_with_advice(comm, old):
-    caught = assert_refused(
-        comm,
-        mpisave.ArgumentError,
-        lambda: save(comm, old, gather_to=None),
-        "the same path",
-    )
+def test_two_names_of_one_file_are_refused_with_advice(comm, old):
+    # Ranks that do not know that they share a file would each write a part of it.
+    other = old.parent / "link"
+    if comm.rank == 0:
+        other.symlink_to(old.parent, target_is_directory=True)
+    comm.Barrier()
+    path = old if comm.rank == 0 else other / old.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.os.path, "realpath", os.fspath)
+        caught = assert_refused(
+            comm,
+            mpisave.StorageError,
+            lambda: save(comm, path, gather_to=None),
+            "different paths",
+        )
 
+    comm.Barrier()
+    if comm.rank == 0:
+        other.unlink()
     assert "{rank}" in str(caught)
-    assert "gather_to=0" in str(caught)
     assert_nothing_lost(comm, old)
 
 
@@ -542,6 +552,16 @@ def test_writer_that_cannot_start_is_raised_everywhere(comm, old, monkeypatch):
     assert_on_all_ranks(comm, len(mpisave.load(old)) == comm.size + 1, "next save")
 
 
+class NoMemory:
+    """NumPy, as one module sees it, with another way to allocate."""
+
+    def __init__(self, empty):
+        self.empty = empty
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("victim", [0, -1])
 def test_rank_without_memory_for_buffers_is_raised_everywhere(
@@ -553,7 +573,7 @@ def test_rank_without_memory_for_buffers_is_raised_everywhere(
     calls = 1 if victim == 0 else 0
     with monkeypatch.context() as patch:
         if comm.rank == victim:
-            patch.setattr(gather.np, "empty", fail_after(calls, error, np.empty))
+            patch.setattr(gather, "np", NoMemory(fail_after(calls, error, np.empty)))
         caught = assert_refused(
             comm,
             mpisave.CollectiveError,

@@ -33,11 +33,13 @@ class Watched:
 
 def watch(monkeypatch, on_gatherv):
     gather = saving.Gather
-    monkeypatch.setattr(
-        saving,
-        "Gather",
-        lambda comm, *rest: gather(Watched(comm, on_gatherv), *rest),
-    )
+
+    def watched(comm, *rest):
+        own = Watched(comm, on_gatherv)
+        own.raw = Watched(comm.raw, on_gatherv)
+        return gather(own, *rest)
+
+    monkeypatch.setattr(saving, "Gather", watched)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -299,9 +299,13 @@ def test_counts_stay_below_the_limit_of_a_c_int(comm, shared_dir, monkeypatch):
     import mpisave.saving as steps
 
     gather = steps.Gather
-    monkeypatch.setattr(
-        steps, "Gather", lambda comm, routes, sizes: gather(Spy(comm), routes, sizes)
-    )
+
+    def spied(comm, routes, held, sizes):
+        own = Spy(comm)
+        own.raw = Spy(comm.raw)
+        return gather(own, routes, held, sizes)
+
+    monkeypatch.setattr(steps, "Gather", spied)
 
     mpisave.save(
         arrays_of(comm.rank),

@@ -20,6 +20,8 @@ DEFAULTS = {
     "gather_to": None,
     "state_type": None,
     "max_grouped_size": "3G",
+    "replicas": "first",
+    "durable": True,
     "comm": None,
 }
 
@@ -36,6 +38,8 @@ def test_defaults_are_legal():
     assert found.roots is None
     assert found.state_type is None
     assert found.max_nbytes == 3 * 1024**3
+    assert found.replicas == "first"
+    assert found.durable is True
     assert found.path == "x.params"
     assert not found.has_file
 
@@ -133,6 +137,45 @@ def test_other_max_grouped_size_is_refused(value):
     assert f"max_grouped_size is {value!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize("replicas", ["first", "check", "share"])
+def test_replicas_are_written_by_the_first_or_checked_or_shared(replicas):
+    assert parsed(replicas=replicas).replicas == replicas
+
+
+@pytest.mark.parametrize("replicas", ["", "First", "last", b"first", None, True, 1, []])
+def test_other_replicas_are_refused(replicas):
+    with pytest.raises(ArgumentError, match="it is one of") as caught:
+        parsed(replicas=replicas)
+
+    assert f"replicas is {replicas!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_durable_is_a_bool(durable):
+    assert parsed(durable=durable).durable is durable
+
+
+@pytest.mark.parametrize("durable", [0, 1, None, "yes", np.True_])
+def test_other_durable_is_refused(durable):
+    with pytest.raises(ArgumentError, match="it is True or False") as caught:
+        parsed(durable=durable)
+
+    assert f"durable is {durable!r}" in str(caught.value)
+
+
+class Text(str):
+    """A str that other ranks may not know."""
+
+    __slots__ = ()
+
+
+def test_text_of_a_subclass_travels_as_plain_str():
+    found = parsed(Text("x"), state_type=Text("opt"), replicas=Text("check"))
+
+    texts = (found.path, found.state_type, found.replicas)
+    assert [type(text) for text in texts] == [str, str, str]
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -142,6 +185,8 @@ def test_other_max_grouped_size_is_refused(value):
         ("max_group_size", "max_grouped_size"),
         ("statetype", "state_type"),
         ("protocal", "protocol"),
+        ("replica", "replicas"),
+        ("durability", "durable"),
         ("com", "comm"),
     ],
 )
@@ -227,6 +272,8 @@ def test_ranks_that_agree_pass():
         ("gather_to", None, 1, "None on rank 0, [1] on rank 2"),
         ("state_type", "opt", "params", "'opt' on rank 0, 'params' on rank 2"),
         ("max_grouped_size", "1K", 5, "1024 bytes on rank 0, 5 bytes on rank 2"),
+        ("replicas", "first", "share", "'first' on rank 0, 'share' on rank 2"),
+        ("durable", True, False, "True on rank 0, False on rank 2"),
     ],
 )
 def test_argument_that_differs_between_ranks_is_refused(name, first, second, words):

@@ -1,11 +1,13 @@
 """The index: a file's own table, and what altered ones are met with."""
 
+import base64
 import json
 import struct
 
 import numpy as np
 import pytest
 
+from mpisave.checksum import BLOCK_NBYTES
 from mpisave.errors import FileFormatError
 from mpisave.formats.base import Layout, gaps
 from mpisave.formats.index import (
@@ -35,11 +37,38 @@ def reference_crc32c(data):
     return value ^ 0xFFFFFFFF
 
 
+def sums(*values):
+    return np.array(values, np.uint32)
+
+
 def small_index():
     state = {"w": np.zeros((2, 3), "<f4"), "lr": 0.5, "by": [None, (1j,)]}
-    merged = merge([describe(flatten(state))[0]])
+    merged = merge([describe(flatten(state))[2]])
     layout = Layout(SKELETON, (Extent(4, 24),), 32)
-    return encode(merged, layout, [0xDEADBEEF], container="pickle", facts={"a": "b"})
+    checksums = [sums(0xDEADBEEF)]
+    return encode(merged, layout, checksums, container="pickle", facts={"a": "b"})
+
+
+# An array of three blocks, the last of one byte; then an empty one, and one of a block.
+LARGE_NBYTES = 2 * BLOCK_NBYTES + 1
+
+
+def index_of_large_arrays():
+    state = {
+        "large": np.broadcast_to(np.uint8(0), LARGE_NBYTES),
+        "empty": np.zeros(0, "<f8"),
+        "block": np.broadcast_to(np.uint8(0), BLOCK_NBYTES),
+    }
+    stop = 4 + LARGE_NBYTES + BLOCK_NBYTES
+    extents = (
+        Extent(4, LARGE_NBYTES),
+        Extent(0, 0),
+        Extent(4 + LARGE_NBYTES, BLOCK_NBYTES),
+    )
+    layout = Layout(((0, b"head"),), extents, stop)
+    checksums = [sums(1, 0x02030405, 2**32 - 1), sums(), sums(6)]
+    merged = merge([describe(flatten(state))[2]])
+    return stop, encode(merged, layout, checksums, container="pickle", facts={})
 
 
 def sealed(content, *, offset=32, version=1):
@@ -97,7 +126,7 @@ def test_bytes_of_a_small_index_are_as_specified():
 def test_index_is_read_back():
     index = read(small_index())
 
-    stored = Stored(("w",), np.dtype("<f4"), (2, 3), Extent(4, 24), crc32c=0xDEADBEEF)
+    stored = Stored(("w",), np.dtype("<f4"), (2, 3), Extent(4, 24), sums=(0xDEADBEEF,))
     assert index.container == "pickle"
     assert index.facts == {"a": "b"}
     assert index.nbytes == 32
@@ -116,6 +145,31 @@ def test_index_is_read_back():
         "lr": 0.5,
         "by": [None, (1j,)],
     }
+
+
+def test_array_of_several_blocks_has_its_checksums_in_base64():
+    _, written = index_of_large_arrays()
+
+    # 01 00 00 00, 05 04 03 02, ff ff ff ff, by hand.
+    text = (
+        b'{"mpisave":1,"container":"pickle","facts":{},'
+        b'"skeleton_crc32c":%d,"nodes":['
+        b'[[],"dict",null],'
+        b'[["large"],"array","|u1",[2097153],4,2097153,"AQAAAAUEAwL/////"],'
+        b'[["empty"],"array","<f8",[0],0,0,0],'
+        b'[["block"],"array","|u1",[1048576],2097157,1048576,6]]}'
+    ) % reference_crc32c(b"head")
+    assert written[: len(text)] == text
+    assert len(written) == len(text) + 32
+
+
+def test_checksums_of_blocks_are_read_back():
+    stop, written = index_of_large_arrays()
+
+    index = read(written, start=stop)
+
+    found = [node.value.sums for node in index.nodes[1:]]
+    assert found == [(1, 0x02030405, 2**32 - 1), (), (6,)]
 
 
 def test_every_single_flipped_bit_is_refused():
@@ -170,7 +224,55 @@ def test_well_made_index_of_another_program_is_read():
     assert index.state(lambda stored: stored.shape) == {"x": (2,), "n": 5}
 
 
+def test_values_of_each_rank_are_read_though_some_ranks_have_none():
+    values = [[["r"], "per_rank", 4], [["r", 3], "object", 5], [["r", 0], "list", 0]]
+
+    index = read(sealed(content(*values)))
+
+    assert index.nodes[1] == Node(("r",), "per_rank", 4)
+    assert index.state(lambda stored: None) == {"r": {3: 5, 0: []}}
+
+
 ARRAY = [["x"], "array", "<f4", [2], 0, 8, 0]
+
+
+def base64_of(*numbers):
+    return base64.b64encode(struct.pack(f"<{len(numbers)}I", *numbers)).decode()
+
+
+def large(checksums, nbytes=LARGE_NBYTES):
+    """Return the index of one array that has these checksums."""
+    return sealed(
+        content([["x"], "array", "|u1", [nbytes], 0, nbytes, checksums]),
+        offset=LARGE_NBYTES,
+    )
+
+
+def test_checksums_of_another_program_are_read():
+    index = read(large(base64_of(7, 8, 9)), start=LARGE_NBYTES)
+
+    assert index.nodes[1].value.sums == (7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    "checksums",
+    [
+        *(5, 0, -1, None, 1.5, True, [1, 2, 3], ""),
+        *(base64_of(1, 2), base64_of(1, 2, 3, 4), base64_of(1, 2, 3)[:-1]),
+        *("AQAAAAUEAwL____/", "AQAA AAUEAwL/////"),
+        "\N{LATIN SMALL LETTER E WITH ACUTE}" * 16,
+    ],
+    ids=repr,
+)
+def test_checksums_that_do_not_fit_the_blocks_are_refused(checksums):
+    with pytest.raises(FileFormatError, match="makes no sense"):
+        read(large(checksums), start=LARGE_NBYTES)
+
+
+@pytest.mark.parametrize("checksums", [-1, 1.5, None, True, "", "BQAAAA==", [5]])
+def test_checksum_of_one_block_is_a_whole_number(checksums):
+    with pytest.raises(FileFormatError, match="makes no sense"):
+        read(large(checksums, nbytes=8), start=LARGE_NBYTES)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +308,14 @@ ARRAY = [["x"], "array", "<f4", [2], 0, 8, 0]
         content([["x"], "array", "|O", [1], 0, 8, 0]),
         content([["x"], "array", "os", [8], 0, 8, 0]),
         content([["x"], "array", 5, [2], 0, 8, 0]),
+        content([["x"], "per_rank", None]),
+        content([["x"], "per_rank", -1]),
+        content([["x"], "per_rank", 2], [["x", 2], "object", 5]),
+        content([["x"], "per_rank", 2], [["x", -1], "object", 5]),
+        content([["x"], "per_rank", 2], [["x", "0"], "object", 5]),
+        content(
+            [["x"], "per_rank", 2], [["x", 0], "object", 5], [["x", 0], "dict", None]
+        ),
         content(ARRAY, [["y"], "array", "<f4", [2], 4, 8, 0]),
         content(ARRAY, [["y"], "array", "<f4", [2], 0, 8, 0]),
     ],
@@ -246,3 +356,11 @@ def test_skeleton_is_written_in_few_runs_with_zeros_where_small_extents_go():
 
 def test_layout_without_skeleton_has_no_runs():
     assert list(Layout((), (), 0).runs()) == []
+
+
+def test_runs_leave_out_what_other_ranks_write():
+    layout = Layout(((0, b"ab"), (10, b"cd"), (20, b"ef")), (), 22)
+
+    assert list(layout.runs({10})) == [(0, b"ab" + bytes(18) + b"ef")]
+    assert list(layout.runs({0, 10})) == [(20, b"ef")]
+    assert list(layout.runs({0, 10, 20})) == []

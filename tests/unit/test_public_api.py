@@ -1,5 +1,6 @@
 """What mpisave promises by name, and what importing it costs."""
 
+import dataclasses
 import inspect
 import os
 import pickle
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mpisave
@@ -48,7 +50,10 @@ def test_public_names_are_frozen():
         "FileFormatError",
         "LaunchError",
         "MpisaveError",
+        "PerRank",
         "SaveReport",
+        "Shard",
+        "Shards",
         "StateDictError",
         "StateType",
         "StorageError",
@@ -75,24 +80,84 @@ def test_error_classes_and_their_bases_are_frozen():
         "StateDictError": ("CollectiveError", "ValueError"),
         "LaunchError": ("CollectiveError",),
         "StorageError": ("CollectiveError", "OSError"),
-        "FileFormatError": ("MpisaveError", "ValueError"),
+        "FileFormatError": ("CollectiveError", "ValueError"),
     }
 
 
-def test_arguments_of_save_and_load_are_frozen():
-    save = inspect.signature(mpisave.save).parameters
-    load = inspect.signature(mpisave.load).parameters
+def arguments_of(function):
+    """Return the arguments by kind: positional ones, and keywords with defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return positional, keywords
 
-    assert [(p.name, p.default) for p in save.values() if p.default is not p.empty] == [
+
+def test_arguments_of_save_are_frozen():
+    positional, keywords = arguments_of(mpisave.save)
+
+    assert positional == ["state_dict", "path"]
+    assert keywords == [
         ("protocol", 4),
         ("use_binary_format", False),
         ("gather_to", None),
         ("state_type", None),
         ("max_grouped_size", "3G"),
+        ("replicas", "first"),
+        ("durable", True),
         ("comm", None),
     ]
-    assert list(save)[:2] == ["state_dict", "path"]
-    assert next(iter(load)) == "path"
+
+
+def test_arguments_of_load_are_frozen():
+    positional, keywords = arguments_of(mpisave.load)
+
+    assert positional == ["path"]
+    assert keywords == [
+        ("comm", None),
+        ("like", None),
+        ("into", "new"),
+        ("keys", None),
+        ("mmap", False),
+        ("missing", "error"),
+        ("unexpected", "error"),
+        ("per_rank", None),
+        ("verify", True),
+    ]
+
+
+def test_arguments_of_the_parts_of_a_state_are_frozen():
+    assert arguments_of(mpisave.Shard) == (["array", "global_shape", "start"], [])
+    assert arguments_of(mpisave.PerRank) == (["value"], [])
+    assert str(inspect.signature(mpisave.Shards)) == "(*boxes: 'Shard') -> 'None'"
+
+
+def test_parts_of_a_state_are_frozen_and_say_what_they_hold():
+    shard = mpisave.Shard([1], [4], [np.int64(2)])
+    both = mpisave.Shards(shard, shard)
+    own = mpisave.PerRank(5)
+
+    assert (shard.array, shard.global_shape, shard.start) == ([1], (4,), (2,))
+    assert type(shard.start[0]) is int
+    assert both.boxes == (shard, shard)
+    assert own.value == 5
+    for part, name in [(shard, "start"), (both, "boxes"), (own, "value")]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, None)
+
+
+@pytest.mark.parametrize("boxes", [(), (5,), (np.zeros(3),)], ids=repr)
+def test_shards_are_made_of_shards(boxes):
+    with pytest.raises(TypeError, match="made of one Shard or more"):
+        mpisave.Shards(*boxes)
+
+
+@pytest.mark.parametrize("numbers", [5, (1.0,), ("1",), None], ids=repr)
+@pytest.mark.parametrize("name", ["global_shape", "start"])
+def test_shard_has_whole_numbers_for_shape_and_start(name, numbers):
+    with pytest.raises(TypeError):
+        mpisave.Shard(
+            np.zeros(1), **{"global_shape": (1,), "start": (0,), name: numbers}
+        )
 
 
 @pytest.mark.parametrize("kind", errors.CollectiveError.__subclasses__())

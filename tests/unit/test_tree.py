@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpisave.errors import StateDictError
-from mpisave.tree import MAX_DEPTH, Node, flatten, rebuild
+from mpisave.tree import MAX_DEPTH, Node, PerRank, flatten, rebuild
 
 KEYS = st.text(max_size=4) | st.integers()
 STATES = st.recursive(
@@ -141,3 +141,28 @@ def test_tuples_within_tuples_are_rebuilt_from_the_inside():
     state = ((1, (2, [3, (4,)])), {"x": ((),)})
 
     assert_equal_states(rebuild(flatten(state)), state)
+
+
+def test_value_of_a_rank_stands_under_its_number_beside_those_of_the_others():
+    nodes = flatten({"rng": PerRank([5]), "n": 1}, 2, 4)
+
+    assert nodes == [
+        Node((), "dict", None),
+        Node(("rng",), "per_rank", 4),
+        Node(("rng", 2), "list", 1),
+        Node(("rng", 2, 0), "leaf", 5),
+        Node(("n",), "leaf", 1),
+    ]
+    assert rebuild(nodes) == {"rng": {2: [5]}, "n": 1}
+
+
+@pytest.mark.parametrize(
+    "value", [PerRank(1), {"b": PerRank(1)}, [({"c": [PerRank(1)]},)]], ids=repr
+)
+def test_value_of_a_rank_within_another_is_refused_by_key(value):
+    with pytest.raises(StateDictError, match=r"^\['a'\]\[3\].* is a PerRank within"):
+        flatten({"a": PerRank(value)}, 3, 4)
+
+
+def test_values_of_a_rank_may_stand_side_by_side():
+    flatten([PerRank(1), {"a": PerRank(2)}, PerRank([3])])

@@ -1,0 +1,1 @@
+"""Measurements: ``python -m mpisave.bench save``. See docs/performance.md."""

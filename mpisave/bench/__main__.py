@@ -1,0 +1,167 @@
+"""Measurements: ``python -m mpisave.bench save``, ``load`` and more.
+
+Every figure is a ratio against a reference that ran beside it: the sides take turns,
+and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpisave.bench.gather import bench_gather
+from mpisave.bench.load import bench_load, write
+from mpisave.bench.output import plot, table
+from mpisave.bench.peers import close
+from mpisave.bench.save import bench_save
+from mpisave.bench.small import bench_layout, bench_memory, bench_plan, bench_traffic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpisave.bench.turns import Row
+
+_JOBS = {
+    "save": bench_save,
+    "load": bench_load,
+    "gather": bench_gather,
+    "memory": bench_memory,
+    "traffic": bench_traffic,
+}
+_ALONE = {"layout": bench_layout, "plan": bench_plan}
+_RANKS = {"memory": [4], "traffic": [4], "plan": [256, 1024, 4096]}
+_NOTES = {
+    "save": "of_bound: the time of 'bound: pwrite' by that of the side, same fsync. "
+    "The bound is of one\nfile: sides that write a file a rank can pass 1.",
+    "load": "The files lie in the page cache: no disk is read. of_bound: the time of "
+    "the pread into\nready memory (sides that load in place) or into fresh memory "
+    "(all others) by that of the side.",
+    "gather": "Every side ends with fsync.",
+}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mpisave.bench", description=__doc__, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("what", choices=(*_JOBS, *_ALONE))
+    add("--ranks", type=int, nargs="+", help="numbers of ranks")
+    add("--mib", type=int, nargs="+", help="size of the whole state")
+    add("--many", type=int, metavar="N", help="N arrays instead, for save and load")
+    add("--each", type=int, default=1024, metavar="BYTES", help="of --many")
+    add("--moments", action="store_true", help="parameters and two Adam moments")
+    add("--fsync", choices=("on", "off", "both"), default="both", help="of save")
+    add("--writers", type=int, help="ranks that wrote what is loaded; default: same")
+    add("--sides", nargs="+", metavar="TEXT", help="only bounds, and names with TEXT")
+    add("--repeats", type=int, default=5, help="after one that warms up")
+    add("--dir", help="where to write; default: TMPDIR")
+    add("--cap", default="64M", help="max_grouped_size of 'memory'")
+    add("--arrays", type=int, help="of layout, plan and traffic")
+    add("--json", type=Path, help="write the rows to this file too")
+    add("--plot", type=Path, metavar="PNG", help="draw GB/s of save, load or gather")
+    # What a job of mpirun is told: where to work, and in which part of 'load'.
+    add("--job", type=Path, help=argparse.SUPPRESS)
+    add("--readers", type=int, help=argparse.SUPPRESS)
+    add("--write", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    if args.ranks is None:
+        args.ranks = _RANKS.get(args.what, [2, 4])
+    if args.mib is None:
+        args.mib = [1024] if args.what == "memory" else [256, 1024]
+    if args.many is not None or args.what == "traffic":
+        args.mib = [0]  # one state, however large
+    if args.arrays is None:
+        args.arrays = 1000 if args.what == "plan" else 10_000
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what would be ignored, or fail after minutes of measuring."""
+    if args.plot and args.what not in ("save", "load", "gather"):
+        parser.error(f"--plot: {args.what} has no GB/s")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'mpisave[plot]'")
+    if (args.many is not None or args.moments) and args.what not in ("save", "load"):
+        parser.error(f"--many and --moments are of save and load, not of {args.what}")
+    if args.writers is not None and args.what != "load":
+        parser.error("--writers is of load")
+    if args.each < 4 or args.each % 4:
+        parser.error(f"--each: {args.each} bytes are no whole number of float32")
+
+
+def _launch(argv: Sequence[str], args: argparse.Namespace) -> list[Row]:
+    """Run the measurement once for each number of ranks and each size."""
+    rows: list[Row] = []
+    for ranks in args.ranks:
+        for mib in args.mib:
+            # Made here, to be removed even where a job was killed.
+            with tempfile.TemporaryDirectory(
+                prefix="mpisave-bench-", dir=args.dir
+            ) as folder:
+                (Path(folder) / "files").mkdir()
+                job = [*argv, "--mib", str(mib), "--job", folder]
+                if args.what == "load":
+                    writers = args.writers or ranks
+                    job += ["--readers", str(ranks), "--writers", str(writers)]
+                    # A job of its own: what reads has no memory of having written.
+                    _mpirun(writers, [*job, "--write"])
+                _mpirun(ranks, job)
+                rows += json.loads((Path(folder) / "rows.json").read_text())
+    return rows
+
+
+def _mpirun(ranks: int, argv: Sequence[str]) -> None:
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+    job = [sys.executable, "-m", "mpi4py", "-m", "mpisave.bench", *argv]
+    subprocess.run([mpirun, "-n", str(ranks), *job], check=True)
+
+
+def _work(args: argparse.Namespace) -> None:
+    """Measure, as one rank of a job."""
+    from mpi4py import MPI
+
+    comm: Any = MPI.COMM_WORLD.Dup()  # noqa: TID251 - a program, not a library
+    if args.write:
+        write(comm, args, args.job)
+    else:
+        rows = _JOBS[args.what](comm, args, args.job)
+        if comm.rank == 0:
+            (args.job / "rows.json").write_text(json.dumps(rows))
+    close(comm)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print a table, and return the exit status."""
+    args = _parse(argv)
+    if args.job is not None:
+        _work(args)
+        return 0
+    try:
+        alone = _ALONE.get(args.what)
+        rows = alone(args) if alone else _launch(argv, args)
+    except subprocess.CalledProcessError as exc:
+        # Its ranks have said why.
+        sys.stderr.write(f"mpirun ended with status {exc.returncode}\n")
+        return 1
+    print(table(rows))
+    if args.what in _NOTES:
+        print(_NOTES[args.what])
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,287 @@
+"""Boxes of a file to memory: large reads, checked block by block."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisave.checksum import BLOCK_NBYTES, crc32c
+from mpisave.errors import ArgumentError, FileFormatError, show_key
+from mpisave.shards import boxes_of_range, common, run_elements, slices, spans
+from mpisave.wanted import is_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from mpisave.formats.index import Stored
+    from mpisave.shards import Point
+    from mpisave.storage import Source
+    from mpisave.wanted import Want
+
+# Blocks that one call reads; also what a thread stages.
+_WINDOW_NBYTES = 4 * BLOCK_NBYTES
+
+# Arrays shorter than this are read together with their neighbours.
+_SMALL_NBYTES = 64 * 2**10
+_TOGETHER_NBYTES = 2**20
+_GAP_NBYTES = 4096
+
+# Without checksums: runs shorter than this are read with what lies between them.
+_SHORTEST_RUN_NBYTES = 64 * 2**10
+
+
+def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -> None:
+    """Read what is wanted.
+
+    Parameters
+    ----------
+    source : Source
+        The file.
+    wants : sequence of Want
+        Boxes, each with its memory.
+    verify : bool
+        Whether to check the CRC-32C of every block that is touched: all of it is read.
+    threads : int
+        How many may read at a time; each stages at most 4 MiB.
+
+    Raises
+    ------
+    FileFormatError
+        If bytes are missing, or are not what was saved.
+    """
+    jobs = _jobs(source, wants, verify=verify)
+    if threads == 1:
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(threads, "mpisave reader") as pool:
+        while batch := list(itertools.islice(jobs, 64 * threads)):
+            list(pool.map(lambda job: job(), batch))
+
+
+def _jobs(
+    source: Source, wants: Sequence[Want], *, verify: bool
+) -> Iterator[Callable[[], None]]:
+    small: list[Want] = []
+    ordered = sorted(wants, key=lambda want: want.stored.extent.offset)
+    for want in ordered:
+        if want.array.size == 0:
+            continue
+        if want.stored.extent.nbytes < _SMALL_NBYTES and is_whole(want):
+            if small and not _fits(small, want):
+                yield _Together(source, small, verify=verify)
+                small = []
+            small.append(want)
+            continue
+        box = _Box(source, want, verify=verify)
+        for first, stop in box.windows():
+            yield _Window(box, first, stop)
+    if small:
+        yield _Together(source, small, verify=verify)
+
+
+def _fits(small: Sequence[Want], want: Want) -> bool:
+    """Return whether an array is read together with those before it."""
+    first, last = small[0].stored.extent, small[-1].stored.extent
+    extent = want.stored.extent
+    return (
+        0 <= extent.offset - last.stop <= _GAP_NBYTES
+        and extent.stop - first.offset <= _TOGETHER_NBYTES
+    )
+
+
+class _Together:
+    """Small arrays that lie close together: one read."""
+
+    def __init__(self, source: Source, wants: Sequence[Want], *, verify: bool) -> None:
+        self._source, self._wants, self._verify = source, wants, verify
+
+    def __call__(self) -> None:
+        first = self._wants[0].stored.extent.offset
+        stop = self._wants[-1].stored.extent.stop
+        data = bytearray(stop - first)
+        memory = memoryview(data)
+        done = self._source.read_into(first, memory)
+        for want in self._wants:
+            extent = want.stored.extent
+            start = extent.offset - first
+            part = memory[start : start + extent.nbytes]
+            if start + extent.nbytes > done:
+                _refuse_torn(want.stored, max(0, done - start))
+            if self._verify:
+                check_blocks(want.stored, part)
+            want.array.reshape(-1).view(np.uint8).data[:] = part
+
+
+class _Box:
+    """A box of an array, read in windows of the array's bytes."""
+
+    def __init__(self, source: Source, want: Want, *, verify: bool) -> None:
+        self.source, self.stored, self.verify = source, want.stored, verify
+        self.start, self.array = want.start, want.array
+        self.itemsize = want.stored.dtype.itemsize
+        self.count = want.array.shape
+        shape = want.stored.shape
+        counts = np.array([self.count], np.int64).reshape(1, -1)
+        run_nbytes = int(run_elements(shape, counts)[0]) * self.itemsize
+        # What is read in units: whole blocks, or what lies between short runs as well.
+        self.unit = BLOCK_NBYTES if verify else _SHORTEST_RUN_NBYTES
+        if not verify and run_nbytes >= _SHORTEST_RUN_NBYTES:
+            self.unit = 1
+        most_gap = 0 if self.unit == 1 else self.unit // self.itemsize
+        firsts, length = spans(shape, self.start, self.count, most_gap)
+        self.runs: npt.NDArray[np.int64] = firsts * self.itemsize
+        self.run_nbytes = length * self.itemsize
+        # Without gaps in them, runs may go where they lie: no copy.
+        self.flat: npt.NDArray[np.uint8] | None = None
+        if self.array.flags.c_contiguous and run_nbytes == self.run_nbytes:
+            self.flat = self.array.reshape(-1).view(np.uint8)
+
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """Yield the bytes to read: first and stop, from the start of the array."""
+        unit, total = self.unit, self.stored.extent.nbytes
+        first = self.runs // unit
+        last = (self.runs + self.run_nbytes - 1) // unit
+        most = _WINDOW_NBYTES // unit * unit
+        # Units that some run touches, those that follow each other together.
+        begin = end = int(first[0])
+        for low, high in zip(first.tolist(), last.tolist(), strict=True):
+            if low > end or unit == 1:
+                yield from _cut(begin * unit, min(end * unit, total), most)
+                begin = low
+            end = max(end, high + 1)
+        yield from _cut(begin * unit, min(end * unit, total), most)
+
+    def inside(self, first: int, stop: int) -> npt.NDArray[np.uint8] | None:
+        """Return the memory for bytes that all lie in one run, or None."""
+        if self.flat is None:
+            return None
+        number = int(np.searchsorted(self.runs, first, side="right")) - 1
+        if number < 0:
+            return None
+        skip = first - int(self.runs[number])
+        if stop - first + skip > self.run_nbytes:
+            return None
+        at = number * self.run_nbytes + skip
+        return self.flat[at : at + stop - first]
+
+
+def _cut(first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, stop, most):
+        yield start, min(start + most, stop)
+
+
+class _Window:
+    """One read of a box."""
+
+    def __init__(self, box: _Box, first: int, stop: int) -> None:
+        self._box, self._first, self._stop = box, first, stop
+
+    def __call__(self) -> None:
+        box, first, stop = self._box, self._first, self._stop
+        there = box.inside(first, stop)
+        data = np.empty(stop - first, np.uint8) if there is None else there
+        if box.verify:
+            # A block is checked while it is in the cache.
+            for start in range(0, stop - first, BLOCK_NBYTES):
+                part = data[start : start + BLOCK_NBYTES]
+                self._read(first + start, part)
+                check_blocks(box.stored, part.data, (first + start) // BLOCK_NBYTES)
+        else:
+            self._read(first, data)
+        if there is None:
+            self._copy(data)
+
+    def _read(self, at: int, out: npt.NDArray[np.uint8]) -> None:
+        read_exactly(self._box.source, self._box.stored, at, out)
+
+    def _copy(self, data: npt.NDArray[np.uint8]) -> None:
+        """Copy what of the box is in a window to its place."""
+        box = self._box
+        first = -(-self._first // box.itemsize)
+        stop = self._stop // box.itemsize
+        skip = first * box.itemsize - self._first
+        nbytes = (stop - first) * box.itemsize
+        elements = data[skip : skip + nbytes].view(box.stored.dtype)
+        at = 0
+        for start, count in boxes_of_range(box.stored.shape, first, stop):
+            n = math.prod(count)
+            shared = common(start, count, box.start, box.count)
+            if shared is not None:
+                part = elements[at : at + n].reshape(count)
+                box.array[slices(*shared, box.start)] = part[slices(*shared, start)]
+            at += n
+
+
+def read_exactly(
+    source: Source, stored: Stored, at: int, out: npt.NDArray[np.uint8]
+) -> None:
+    """Fill `out` from byte `at` of an array, or say that the file is torn."""
+    done = source.read_into(stored.extent.offset + at, out.data)
+    if done < out.size:
+        _refuse_torn(stored, at + done)
+
+
+def mapped(source: Source) -> Callable[[Stored, Point, Point], npt.NDArray[Any]]:
+    """Return what maps boxes of a file, read-only.
+
+    Raises
+    ------
+    ArgumentError
+        If it is a file object.
+    """
+    descriptor = source.descriptor
+    if descriptor is None:
+        raise ArgumentError("mmap=True needs a path: a file object cannot be mapped")
+    memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+
+    def array(stored: Stored, start: Point, shape: Point) -> npt.NDArray[Any]:
+        if stored.extent.stop > len(memory):
+            _refuse_torn(stored, max(0, len(memory) - stored.extent.offset))
+        n = math.prod(stored.shape)
+        flat = np.frombuffer(memory, stored.dtype, n, stored.extent.offset)
+        where: Any = slices(start, shape, (0,) * len(shape))
+        return flat.reshape(stored.shape)[(..., *where)]  # 0-d too is an array
+
+    return array
+
+
+def check_blocks(stored: Stored, data: memoryview, first: int = 0) -> None:
+    """Refuse blocks that are not what was saved.
+
+    Parameters
+    ----------
+    stored : Stored
+        The array.
+    data : memoryview
+        Its bytes from the start of block `first` on, up to the end of a block.
+    first : int
+        Which block comes first.
+
+    Raises
+    ------
+    FileFormatError
+        With the key, the block, and both checksums.
+    """
+    for number, start in enumerate(range(0, data.nbytes, BLOCK_NBYTES), start=first):
+        found = crc32c(data[start : start + BLOCK_NBYTES])
+        if found != stored.sums[number]:
+            raise FileFormatError(
+                f"{show_key(stored.key)} is altered: the CRC-32C of block {number} at "
+                f"offset {stored.extent.offset + number * BLOCK_NBYTES} is "
+                f"{found:#010x}, not {stored.sums[number]:#010x}"
+            )
+
+
+def _refuse_torn(stored: Stored, there: int) -> None:
+    raise FileFormatError(
+        f"{show_key(stored.key)} is torn: {there} of {stored.extent.nbytes} bytes are "
+        f"there"
+    )

@@ -1,0 +1,247 @@
+"""Boxes in short runs that several ranks want of one array: each byte read once.
+
+The array is read in chunks, each by one rank, which checks it and passes on to every
+rank what lies in its box. The other way round, this is what saving does with shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisave.checksum import BLOCK_NBYTES
+from mpisave.collective import exchange, on_all_ranks
+from mpisave.plan import SHORTEST_RUN_NBYTES, Woven
+from mpisave.reading import check_blocks, read_exactly
+from mpisave.shards import run_elements, slices
+from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from mpisave.collective import Comm
+    from mpisave.formats.index import Stored
+    from mpisave.storage import Source
+    from mpisave.wanted import Want
+    from mpisave.weave import Move
+
+# What one rank receives in a round, and what it sends, at most.
+_ROUND_NBYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """An array of which several ranks want boxes in short runs."""
+
+    stored: Stored
+    woven: Woven  # the boxes; an ordinal is a place in that rank's wants
+
+
+def read_regrouped(
+    comm: Comm, source: Source, wants: Sequence[Want], *, verify: bool
+) -> list[Want]:
+    """Read what several ranks want in short runs. Collective.
+
+    Parameters
+    ----------
+    comm : Comm
+        The ranks that load.
+    source : Source
+        The file, as each rank has it open.
+    wants : sequence of Want
+        What this rank wants.
+    verify : bool
+        Whether to check the CRC-32C of every block.
+
+    Returns
+    -------
+    list of Want
+        What is left to be read.
+
+    Raises
+    ------
+    FileFormatError, StorageError
+        On every rank, if bytes are missing or altered, or cannot be read.
+    """
+    short = {place: want for place, want in enumerate(wants) if _is_short(want)}
+    mine = [
+        (want.stored, place, want.start, want.array.shape)
+        for place, want in short.items()
+    ]
+    every = exchange(comm, "find what several ranks want", lambda: mine)
+    demands = _demands(every)
+    if not demands:
+        return list(wants)
+    _Regrouping(comm, source, wants, demands, verify=verify).run()
+    taken = {demand.stored.key for demand in demands}
+    return [
+        want
+        for place, want in enumerate(wants)
+        if place not in short or want.stored.key not in taken
+    ]
+
+
+def _is_short(want: Want) -> bool:
+    """Return whether a box lies in the file in runs too short to read each."""
+    if not want.array.size:
+        return False
+    count = np.array([want.array.shape], np.int64).reshape(1, -1)
+    run = int(run_elements(want.stored.shape, count)[0])
+    nbytes = run * want.array.itemsize
+    return run < want.array.size and nbytes < SHORTEST_RUN_NBYTES
+
+
+def _demands(every: Sequence[Sequence[tuple[Any, ...]]]) -> list[_Demand]:
+    """Return the arrays that more than one rank wants, in file order."""
+    by_array: dict[int, list[tuple[Stored, int, int, Any, Any]]] = {}
+    for rank, wanted in enumerate(every):
+        for stored, place, start, count in wanted:
+            found = by_array.setdefault(stored.extent.offset, [])
+            found.append((stored, rank, place, start, count))
+    demands = []
+    for number, (_, found) in enumerate(sorted(by_array.items())):
+        ranks = np.array([rank for _, rank, *_ in found], np.int64)
+        if ranks[0] == ranks[-1]:  # ascending
+            continue
+        stored = found[0][0]
+        columns = zip(*(item[2:] for item in found), strict=True)
+        places, starts, counts = (np.array(column, np.int64) for column in columns)
+        itemsize, shape = stored.dtype.itemsize, stored.shape
+        woven = Woven(number, itemsize, shape, ranks, places, starts, counts)
+        demands.append(_Demand(stored, woven))
+    return demands
+
+
+class _Regrouping:
+    """The exchange of one call of load."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        source: Source,
+        wants: Sequence[Want],
+        demands: Sequence[_Demand],
+        *,
+        verify: bool,
+    ) -> None:
+        self._comm, self._source, self._wants = comm, source, wants
+        self._demands, self._verify = demands, verify
+        self._woven = [demand.woven for demand in demands]
+        found = [
+            part
+            for chunk in chunks(self._woven, CHUNK_NBYTES)
+            for part in self._wanted_parts(chunk)
+        ]
+        self._rounds = list(rounds(found, max(1, _ROUND_NBYTES // CHUNK_NBYTES)))
+        self._error: BaseException | None = None
+
+    def _wanted_parts(self, chunk: Chunk) -> Iterator[Chunk]:
+        """Yield the parts of a chunk that are wanted, none of them by too many."""
+        array = self._woven[chunk.array]
+        n = supplied(array, chunk.first, chunk.stop)
+        if n * array.itemsize <= _ROUND_NBYTES or chunk.stop - chunk.first == 1:
+            if n:
+                yield chunk
+            return
+        middle = (chunk.first + chunk.stop) // 2
+        yield from self._wanted_parts(dataclasses.replace(chunk, stop=middle))
+        yield from self._wanted_parts(dataclasses.replace(chunk, first=middle))
+
+    def run(self) -> None:
+        """Read and pass on all chunks; then all ranks agree."""
+        for together in self._rounds:
+            self._round(together)
+
+        def check() -> None:
+            if self._error is not None:
+                raise self._error
+
+        on_all_ranks(self._comm, "read and exchange", check)
+
+    def _round(self, together: Sequence[Chunk]) -> None:
+        rank, size = self._comm.rank, self._comm.size
+        sent = np.zeros(size, np.int64)
+        got = np.zeros(size, np.int64)
+        outgoing: list[Move] = []
+        incoming: list[tuple[int, Move]] = []
+        mine: Chunk | None = None
+        for chunk in together:
+            array = self._woven[chunk.array]
+            for move in moves(array, chunk):
+                nbytes = math.prod(move.count) * array.itemsize
+                if chunk.writer == rank:
+                    mine = chunk
+                    outgoing.append(move)
+                    sent[move.rank] += nbytes
+                if move.rank == rank:
+                    incoming.append((chunk.writer, move))
+                    got[chunk.writer] += nbytes
+        packed = np.empty(int(sent.sum()), np.uint8)
+        received = np.empty(int(got.sum()), np.uint8)
+        try:
+            if mine is not None and self._error is None:
+                self._pack(mine, outgoing, packed, sent)
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self._error = exc
+        self._alltoallv(packed, sent, received, got)
+        try:
+            if self._error is None:
+                self._place(incoming, received, got)
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self._error = exc
+
+    def _pack(
+        self, chunk: Chunk, outgoing: Sequence[Move], packed: Any, sent: Any
+    ) -> None:
+        demand = self._demands[chunk.array]
+        itemsize = demand.woven.itemsize
+        first, stop = chunk.first * itemsize, chunk.stop * itemsize
+        elements = self._read(demand.stored, first, stop).view(demand.stored.dtype)
+        at = (np.cumsum(sent) - sent).tolist()
+        for move in outgoing:
+            n = math.prod(move.count) * itemsize
+            part = packed[at[move.rank] : at[move.rank] + n].view(demand.stored.dtype)
+            at[move.rank] += n
+            end = move.at + math.prod(move.around_count)
+            box = elements[move.at : end].reshape(move.around_count)
+            where = slices(move.start, move.count, move.around)
+            part.reshape(move.count)[...] = box[where]
+
+    def _read(self, stored: Stored, first: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return bytes of an array, checked: whole blocks are read for that."""
+        begin, end = first, stop
+        if self._verify:
+            begin = first // BLOCK_NBYTES * BLOCK_NBYTES
+            end = min(-(-stop // BLOCK_NBYTES) * BLOCK_NBYTES, stored.extent.nbytes)
+        data = np.empty(end - begin, np.uint8)
+        read_exactly(self._source, stored, begin, data)
+        if self._verify:
+            check_blocks(stored, data.data, begin // BLOCK_NBYTES)
+        return data[first - begin : stop - begin]
+
+    def _alltoallv(self, packed: Any, sent: Any, received: Any, got: Any) -> None:
+        from mpi4py import MPI
+
+        # Below 2**31 by construction: a round is of few chunks.
+        self._comm.raw.Alltoallv(
+            [packed, sent.tolist(), (np.cumsum(sent) - sent).tolist(), MPI.BYTE],
+            [received, got.tolist(), (np.cumsum(got) - got).tolist(), MPI.BYTE],
+        )
+
+    def _place(
+        self, incoming: Sequence[tuple[int, Move]], received: Any, got: Any
+    ) -> None:
+        at = (np.cumsum(got) - got).tolist()
+        for sender, move in incoming:
+            want = self._wants[move.ordinal]
+            n = math.prod(move.count) * want.array.itemsize
+            part = received[at[sender] : at[sender] + n].view(want.array.dtype)
+            at[sender] += n
+            where = slices(move.start, move.count, move.origin)
+            want.array[where] = part.reshape(move.count)

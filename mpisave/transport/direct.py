@@ -1,0 +1,188 @@
+"""Each rank writes its own pieces: large ones from where they lie, small ones together.
+
+Where a rank has a core to spare, a thread computes the checksum of one block while
+another is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpisave.checksum import BLOCK_NBYTES, BlockSums
+from mpisave.errors import naming
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from mpisave.arrays import Bytes, HeldArray
+    from mpisave.storage import Target
+    from mpisave.transport.base import Moved, Stream
+
+# Blocks of checksums that one call writes, where the cap allows it.
+_BLOCKS = 4
+
+# Pieces shorter than this are copied together, and written with what is between them.
+SMALL_NBYTES = 64 * 2**10
+
+_PACKED_NBYTES = 2**20
+
+# A thread that is alone writes what it has just read for the checksum, while that is in
+# the second-level cache. Threads that take turns need longer calls.
+_STEP_NBYTES = 256 * 2**10
+
+
+class Direct:
+    """The transport of one rank that writes what it holds.
+
+    Parameters
+    ----------
+    target : Target
+        The file.
+    stream : Stream
+        The pieces, in file order.
+    arrays : sequence of HeldArray
+        Those in which the pieces are.
+    between : list of bytes or None
+        What lies in the file before each piece, if that is to be written with it and
+        the piece before it.
+    max_nbytes : int
+        Of copies, all threads together.
+    threads : int
+        How many may write at a time.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        stream: Stream,
+        arrays: Sequence[HeldArray],
+        between: Sequence[bytes | None],
+        *,
+        max_nbytes: int,
+        threads: int,
+    ) -> None:
+        self._target = target
+        self._stream = stream
+        self._arrays = arrays
+        self._between = between
+        self._threads = max(1, threads)
+        self._step_nbytes = _STEP_NBYTES if threads == 1 else _BLOCKS * BLOCK_NBYTES
+        self._scratch_nbytes = max(1, min(_PACKED_NBYTES, max_nbytes // self._threads))
+
+    def move(self, moved: Moved, rank: int) -> None:
+        """Write all pieces of `rank`, which is this one."""
+        began = time.perf_counter()
+        jobs = self._jobs()
+        sums = BlockSums()
+        if self._threads == 1:
+            for job in jobs:
+                sums.values.extend(job())
+        else:
+            with ThreadPoolExecutor(self._threads, "mpisave writer") as pool:
+                # Some at a time: the first failure ends the rest.
+                while batch := list(itertools.islice(jobs, 64 * self._threads)):
+                    for values in pool.map(lambda job: job(), batch):
+                        sums.values.extend(values)
+        moved.of_streams[rank] = np.array(sums.values, np.uint32)
+        moved.written_s += time.perf_counter() - began
+
+    def _jobs(self) -> Iterator[Callable[[], Sequence[int]]]:
+        """Yield the writes: runs of small pieces, and parts of large ones, in order."""
+        first, waiting = 0, 0
+        sizes = self._stream.nbytes
+        for item, nbytes in enumerate(sizes):
+            between = self._between[item]
+            if waiting:
+                more = nbytes + len(between or b"")
+                if (
+                    between is None
+                    or nbytes >= SMALL_NBYTES
+                    or waiting + more > self._scratch_nbytes
+                ):
+                    yield self._packed(first, item)
+                    waiting = 0
+                    # What lies before this piece is written with it, or by itself.
+                else:
+                    waiting += more
+                    continue
+            head = len(between or b"")
+            if nbytes < SMALL_NBYTES and nbytes + head <= self._scratch_nbytes:
+                first, waiting = item, nbytes + head
+            else:
+                if between:
+                    yield self._literal(self._stream.offsets[item] - head, between)
+                yield from self._parts(item)
+        if waiting:
+            yield self._packed(first, len(sizes))
+
+    def _literal(self, offset: int, data: bytes) -> Callable[[], Sequence[int]]:
+        def write() -> Sequence[int]:
+            self._target.write(offset, memoryview(data))
+            return ()
+
+        return write
+
+    def _packed(self, first: int, stop: int) -> Callable[[], Sequence[int]]:
+        """Write pieces `first` to `stop`, and what lies before each, in one call."""
+
+        def write() -> Sequence[int]:
+            stream, sums = self._stream, BlockSums()
+            head = len(self._between[first] or b"")
+            offset = stream.offsets[first] - head
+            end = stream.offsets[stop - 1] + stream.nbytes[stop - 1]
+            packed: Bytes = np.empty(end - offset, np.uint8)
+            memory = packed.data
+            at = 0
+            for item in range(first, stop):
+                literal = self._between[item]
+                if literal:
+                    memory[at : at + len(literal)] = literal
+                    at += len(literal)
+                nbytes, start = stream.nbytes[item], stream.starts[item]
+                part = packed[at : at + nbytes]
+                array = self._arrays[item]
+                with naming(array.name):
+                    array.stage(start, part)
+                sums.add(item, stream.within[item], memory[at : at + nbytes])
+                at += nbytes
+            with naming(self._arrays[first].name):
+                self._target.write(offset, memory)
+            return sums.values
+
+        return write
+
+    def _parts(self, item: int) -> Iterator[Callable[[], Sequence[int]]]:
+        """Yield the writes of a large piece: whole blocks of checksums."""
+        within, nbytes = self._stream.within[item], self._stream.nbytes[item]
+        length = _BLOCKS * BLOCK_NBYTES
+        done = 0
+        while done < nbytes:
+            stop = min(nbytes, done + length - (within + done) % length)
+            yield self._part(item, done, stop)
+            done = stop
+
+    def _part(self, item: int, first: int, stop: int) -> Callable[[], Sequence[int]]:
+        def write() -> Sequence[int]:
+            stream, sums = self._stream, BlockSums()
+            array = self._arrays[item]
+            start, within = stream.starts[item], stream.within[item]
+            done = first
+            with naming(array.name):
+                while done < stop:
+                    end = min(stop, done + self._step_nbytes)
+                    view = array.view(start + done, start + end)
+                    if view is None:
+                        n = min(self._scratch_nbytes, end - done)
+                        view = np.empty(n, np.uint8)
+                        array.stage(start + done, view)
+                    sums.add(item, within + done, view.data)
+                    self._target.write(stream.offsets[item] + done, view.data)
+                    done += view.size
+            return sums.values
+
+        return write

@@ -1,0 +1,172 @@
+"""Rounds of Alltoallv that put the chunks of woven arrays together at their writers."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisave.checksum import BlockSums
+from mpisave.errors import naming
+from mpisave.shards import slices
+from mpisave.weave import moves, rounds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpisave.arrays import HeldArray
+    from mpisave.plan import Woven
+    from mpisave.storage import Target
+    from mpisave.transport.base import Moved
+    from mpisave.weave import Budget, Chunk, Move
+
+
+class Exchange:
+    """The exchange of one file's woven arrays.
+
+    Parameters
+    ----------
+    comm : Comm
+        A communicator of mpi4py, or of a single process.
+    woven : sequence of Woven
+        The arrays.
+    chunks : sequence of Chunk
+        All of them, on every rank.
+    offsets : sequence of int
+        Where each array begins in the file.
+    held : sequence of HeldArray
+        The arrays of this rank, by ordinal.
+    target : Target or None
+        The file, on a rank that writes.
+    limits : Budget
+        Lengths of the buffers.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        woven: Sequence[Woven],
+        chunks: Sequence[Chunk],
+        offsets: Sequence[int],
+        held: Sequence[HeldArray],
+        target: Target | None,
+        limits: Budget,
+    ) -> None:
+        self._comm = comm
+        self._woven = woven
+        self._chunks = chunks
+        self._offsets = offsets
+        self._held = held
+        self._target = target
+        most = max(1, limits.sent_nbytes // limits.chunk_nbytes)
+        self._rounds = list(rounds(chunks, most))
+        sizes = [
+            (c.stop - c.first) * woven[c.array].itemsize
+            for c in chunks
+            if c.writer == comm.rank
+        ]
+        largest = max(sizes, default=0)
+        self._received = np.empty(largest, np.uint8)
+        self._whole = np.empty(largest, np.uint8)
+        self._sums = BlockSums()
+        self._error: BaseException | None = None
+
+    def move(self, moved: Moved) -> None:
+        """Exchange and write all chunks. Collective.
+
+        Raises
+        ------
+        Exception
+            What failed on this rank, after it has kept pace with the others: the
+            caller has all ranks agree on it.
+        """
+        for together in self._rounds:
+            self._round(together, moved)
+        moved.of_chunks[self._comm.rank] = np.array(self._sums.values, np.uint32)
+        if self._error is not None:
+            raise self._error
+
+    def _round(self, together: Sequence[Chunk], moved: Moved) -> None:
+        rank, size = self._comm.rank, self._comm.size
+        sent = np.zeros(size, np.int64)
+        got = np.zeros(size, np.int64)
+        outgoing: list[tuple[int, Chunk, Move]] = []
+        incoming: list[Move] = []
+        mine: Chunk | None = None
+        for chunk in together:
+            itemsize = self._woven[chunk.array].itemsize
+            for move in moves(self._woven[chunk.array], chunk):
+                nbytes = math.prod(move.count) * itemsize
+                if move.rank == rank:
+                    outgoing.append((chunk.writer, chunk, move))
+                    sent[chunk.writer] += nbytes
+                if chunk.writer == rank:
+                    mine = chunk
+                    incoming.append(move)
+                    got[move.rank] += nbytes
+        packed = np.empty(int(sent.sum()), np.uint8)
+        try:
+            if self._error is None:
+                self._pack(outgoing, packed)
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self._error = exc
+        began = time.perf_counter()
+        received = self._alltoallv(packed, sent, got)
+        moved.waited_s += time.perf_counter() - began
+        moved.rounds += 1
+        moved.nbytes += int(got.sum() - got[rank])
+        try:
+            if mine is not None and self._error is None:
+                self._put_together(mine, incoming, received, got)
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self._error = exc
+        moved.written_s += time.perf_counter() - began
+
+    def _pack(self, outgoing: list[tuple[int, Chunk, Move]], packed: Any) -> None:
+        outgoing.sort(key=lambda item: item[0])
+        at = 0
+        for _, chunk, move in outgoing:
+            nbytes = math.prod(move.count) * self._woven[chunk.array].itemsize
+            array = self._held[move.ordinal]
+            with naming(array.name):
+                where = slices(move.start, move.count, move.origin)
+                array.stage_box(where, packed[at : at + nbytes])
+            at += nbytes
+
+    def _alltoallv(self, packed: Any, sent: Any, got: Any) -> Any:
+        if self._comm.size == 1:
+            return packed
+        from mpi4py import MPI
+
+        received = self._received[: int(got.sum())]
+        # Below 2**31 by construction: a round brings a chunk, and sends few.
+        self._comm.raw.Alltoallv(
+            [packed, sent.tolist(), (np.cumsum(sent) - sent).tolist(), MPI.BYTE],
+            [received, got.tolist(), (np.cumsum(got) - got).tolist(), MPI.BYTE],
+        )
+        return received
+
+    def _put_together(
+        self, chunk: Chunk, incoming: list[Move], received: Any, got: Any
+    ) -> None:
+        array = self._woven[chunk.array]
+        kind = np.dtype(f"V{array.itemsize}")
+        nbytes = (chunk.stop - chunk.first) * array.itemsize
+        elements = self._whole[:nbytes].view(kind)
+        at = (np.cumsum(got) - got).tolist()
+        for move in incoming:
+            n = math.prod(move.count) * array.itemsize
+            part = received[at[move.rank] : at[move.rank] + n].view(kind)
+            at[move.rank] += n
+            stop = move.at + math.prod(move.around_count)
+            box = elements[move.at : stop].reshape(move.around_count)
+            where = slices(move.start, move.count, move.around)
+            box[where] = part.reshape(move.count)
+        if self._target is None:
+            raise RuntimeError(f"rank {self._comm.rank} has no file to write to")
+        within = chunk.first * array.itemsize
+        data = self._whole[:nbytes].data
+        self._sums.add(chunk, within, data)
+        self._target.write(self._offsets[chunk.array] + within, data)

@@ -1,0 +1,474 @@
+"""What a rank wants of a file: keys, boxes, and where they go. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpisave.arrays import held_array
+from mpisave.errors import (
+    ArgumentError,
+    FileFormatError,
+    Key,
+    StateDictError,
+    show_key,
+)
+from mpisave.formats.index import Opaque, Stored
+from mpisave.shards import Point, Shard, Shards, boxes_of
+from mpisave.tree import Node, PerRank, flatten, rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import TypeAlias
+
+    import numpy.typing as npt
+
+    from mpisave.formats.index import Index
+
+    # Returns the array of a box: stored, start, shape.
+    Make: TypeAlias = Callable[[Stored, Point, Point], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Want:
+    """A box of an array in a file, and the memory that it goes to."""
+
+    stored: Stored
+    start: Point
+    array: npt.NDArray[Any]  # of the box's shape, and the array's dtype
+
+
+def is_whole(want: Want) -> bool:
+    """Return whether an array is wanted whole, where its bytes fit as they are."""
+    array = want.array
+    nbytes = want.stored.extent.nbytes
+    return array.flags.c_contiguous and 0 < array.nbytes == nbytes
+
+
+class _Wants:
+    """What is to be read, and the arrays that it goes to.
+
+    Attributes
+    ----------
+    wants : list of Want
+        What is to be read.
+    """
+
+    def __init__(self, make: Make | None) -> None:
+        self.wants: list[Want] = []
+        self._make = make
+
+    def fresh(self, stored: Stored, start: Point, shape: Point) -> Any:
+        """Return an array for a box: one to be read, or one that is there already."""
+        if self._make is not None:
+            return self._make(stored, start, shape)
+        array = np.empty(shape, stored.dtype)
+        self.wants.append(Want(stored, start, array))
+        return array
+
+    def subtree(self, nodes: Iterable[Node], depth: int = 0) -> Any:
+        """Return the state of nodes, without the first parts of their keys."""
+        plain = []
+        for node in nodes:
+            value = node.value
+            if isinstance(value, Stored):
+                value = self.fresh(value, (0,) * len(value.shape), value.shape)
+            elif isinstance(value, Opaque):
+                refuse_opaque(node.key, value)
+            plain.append(Node(node.key[depth:], node.kind, value))
+        return rebuild(plain)
+
+
+class All(_Wants):
+    """All that there is.
+
+    Parameters
+    ----------
+    nodes : sequence of Node
+        What there is.
+    rank : int or None
+        Which of the values of a `PerRank` this rank takes; None: a dict of all.
+    make : callable or None
+        Returns arrays that need not be read.
+    """
+
+    def __init__(
+        self, nodes: Sequence[Node], rank: int | None, make: Make | None
+    ) -> None:
+        super().__init__(make)
+        self.wanted = {node.key for node in nodes}
+        self.missing: list[Key] = []
+        if rank is None:
+            self._state = self.subtree(nodes)
+            return
+        plain: list[Node] = []
+        apart = {node.key for node in nodes if node.kind == "per_rank"}
+        # By the longest: one PerRank may hold another.
+        inside: dict[Key, list[Node]] = {(*key, rank): [] for key in apart}
+        for node in nodes:
+            key = node.key
+            over = next(
+                (key[:n] for n in range(len(key) + 1) if key[:n] in apart), None
+            )
+            if over is None or key == over:
+                plain.append(node)
+            elif key[: len(over) + 1] == (*over, rank):
+                inside[(*over, rank)].append(node)
+        values = {
+            key[:-1]: PerRank(self.subtree(found, len(key)))
+            for key, found in inside.items()
+            if found
+        }
+        self._state = self.subtree(
+            Node(node.key, "leaf", values[node.key]) if node.key in apart else node
+            for node in plain
+            if node.key not in apart or node.key in values  # it may have given none
+        )
+
+    def state(self) -> Any:
+        """Return the state, once all wants were read."""
+        return self._state
+
+
+def select(index: Index, keys: object) -> tuple[Node, ...]:
+    """Return the nodes of an index that are asked for, with what holds them.
+
+    Parameters
+    ----------
+    index : Index
+        What the file holds.
+    keys : str, tuple, iterable of them, or None
+        A str is a glob, for the parts of a key joined by ``/``; a tuple is one key. A
+        container is taken with all that it holds. None: everything.
+
+    Raises
+    ------
+    ArgumentError
+        If one of them is no key, matches nothing, or takes a part of a list.
+    """
+    if keys is None:
+        return index.nodes
+    asked: list[object] = [keys]
+    if not isinstance(keys, (str, tuple)):
+        try:
+            asked = list(keys)  # type: ignore[call-overload]
+        except TypeError as exc:
+            raise ArgumentError(f"keys is {keys!r}: {exc}") from exc
+    every = [node.key for node in index.nodes if node.key]
+    taken: set[Key] = set()
+    for pattern in asked:
+        found = _matching(every, pattern)
+        if not found:
+            names = ["/".join(map(str, key)) for key in every]
+            close = difflib.get_close_matches(str(pattern), names, n=3)
+            hint = f": did you mean {', '.join(close)}?" if close else ""
+            raise ArgumentError(f"keys: nothing in the file matches {pattern!r}{hint}")
+        taken.update(found)
+    above = {key[:depth] for key in taken for depth in range(len(key))} | {()}
+    below: set[Key] = set()
+    nodes = []
+    kinds = {node.key: node.kind for node in index.nodes}
+    for node in index.nodes:
+        if node.key in taken or node.key[:-1] in below:
+            below.add(node.key)
+        if node.key in below or node.key in above:
+            nodes.append(node)
+            continue
+        kind = kinds[node.key[:-1]]
+        if node.key[:-1] in above and kind in ("list", "tuple"):
+            raise ArgumentError(
+                f"keys: {show_key(node.key[:-1])} is a {kind} of which only a part was "
+                f"asked for: ask for all of it"
+            )
+    return tuple(nodes)
+
+
+def _matching(every: Sequence[Key], pattern: object) -> list[Key]:
+    if isinstance(pattern, tuple):
+        return [key for key in every if key == pattern]
+    if not isinstance(pattern, str):
+        raise ArgumentError(f"keys: {pattern!r} is neither a str nor a tuple")
+    return [
+        key for key in every if fnmatch.fnmatchcase("/".join(map(str, key)), pattern)
+    ]
+
+
+class Match(_Wants):
+    """A state of the caller's, laid over what a file holds.
+
+    Parameters
+    ----------
+    like : nested dict, list or tuple
+        What is wanted.
+    nodes : sequence of Node
+        What there is, or what of it was asked for.
+    rank : int
+        Which of the values of a `PerRank` this rank takes.
+    make : callable or None
+        Returns arrays that need not be read.
+    in_place : bool
+        Whether arrays are read into those of `like`.
+    is_part : bool
+        Whether `nodes` are only a part of the file: what of `like` is not among them
+        stays as it is.
+
+    Attributes
+    ----------
+    missing : list of tuple
+        Keys of `like` that the file has not.
+    wanted : set of tuple
+        Keys of the nodes that are in `like`.
+
+    Raises
+    ------
+    StateDictError
+        If dtype, shape or kind do not fit.
+    """
+
+    def __init__(
+        self,
+        like: object,
+        nodes: Sequence[Node],
+        rank: int,
+        make: Make | None,
+        *,
+        in_place: bool,
+        is_part: bool,
+    ) -> None:
+        super().__init__(make)
+        self._nodes = nodes
+        self._in_place = in_place
+        self._is_part = is_part
+        self._rank = rank
+        self._numbers = {node.key: number for number, node in enumerate(nodes)}
+        self.missing: list[Key] = []
+        self.wanted: set[Key] = set()
+        self._result: list[Node] = []
+        own: Key | None = None  # of a PerRank: what lies in it comes from the file
+        for node in flatten(like, rank):
+            if own is not None and node.key[: len(own)] == own:
+                continue
+            number = self._numbers.get(node.key)
+            if node.kind == "per_rank":
+                own = node.key
+                self._per_rank(node.key, like)
+            elif node.kind != "leaf":
+                self._result.append(node)
+                if number is not None:
+                    self._container(node, nodes[number])
+            elif number is None:
+                self._result.append(node)
+                if not self._is_part:
+                    self.missing.append(node.key)
+            else:
+                self.wanted.add(node.key)
+                value = self._leaf(node, nodes[number])
+                self._result.append(Node(node.key, "leaf", value))
+
+    def state(self) -> Any:
+        """Return the state, once all wants were read."""
+        return rebuild(self._result)
+
+    def _container(self, node: Node, found: Node) -> None:
+        self.wanted.add(node.key)
+        if node.kind != found.kind:
+            raise StateDictError(
+                f"{show_key(node.key)} is a {node.kind} in like, and {_show(found)} in "
+                f"the file"
+            )
+
+    def _per_rank(self, key: Key, like: object) -> None:
+        mine = (*key, self._rank)
+        found = []
+        number = self._numbers.get(key)
+        if number is not None and self._nodes[number].kind != "per_rank":
+            raise StateDictError(
+                f"{show_key(key)} is a PerRank in like, and "
+                f"{_show(self._nodes[number])} in the file"
+            )
+        for node in self._nodes:
+            if node.key[: len(key)] == key:
+                self.wanted.add(node.key)
+                if node.key[: len(mine)] == mine:
+                    found.append(node)
+        if not found:
+            if not self._is_part:
+                self.missing.append(key)
+            self._result.append(Node(key, "leaf", _at(like, key)))
+            return
+        value = PerRank(self.subtree(found, len(mine)))
+        self._result.append(Node(key, "leaf", value))
+
+    def _leaf(self, node: Node, found: Node) -> Any:
+        shards = boxes_of(node.value)
+        stored = found.value
+        if shards is not None:
+            read = [self._shard(node.key, shard, stored) for shard in shards]
+            return Shards(*read) if isinstance(node.value, Shards) else read[0]
+        held = _shape_and_dtype(node)
+        if held is None:
+            if found.kind != "leaf" or isinstance(stored, Stored):
+                raise StateDictError(
+                    f"{show_key(node.key)} is {node.value!r:.80} in like, and "
+                    f"{_show(found)} in the file"
+                )
+            if isinstance(stored, Opaque):
+                refuse_opaque(node.key, stored)
+            return stored
+        return self._array(node.key, node.value, held, (0,) * len(held[0]), stored)
+
+    def _shard(self, key: Key, shard: Shard, stored: Any) -> Shard:
+        held = _shape_and_dtype(Node(key, "leaf", shard.array))
+        if held is None:
+            raise StateDictError(f"{show_key(key)} is a shard of no array in like")
+        if isinstance(stored, Stored) and stored.shape != shard.global_shape:
+            raise StateDictError(
+                f"{show_key(key)} has the global shape {shard.global_shape} in like, "
+                f"and {_show_stored(stored)} is in the file"
+            )
+        shape, start = held[0], shard.start
+        if len({len(shape), len(start), len(shard.global_shape)}) > 1 or any(
+            first < 0 or first + n > total
+            for first, n, total in zip(start, shape, shard.global_shape, strict=True)
+        ):
+            raise StateDictError(
+                f"{show_key(key)}: a box of shape {shape} that starts at {start} does "
+                f"not lie within the global shape {shard.global_shape}"
+            )
+        array = self._array(key, shard.array, held, start, stored, shard=shard)
+        return Shard(array, shard.global_shape, start)
+
+    def _array(
+        self,
+        key: Key,
+        value: Any,
+        held: tuple[Point, np.dtype[Any]],
+        start: Point,
+        stored: Any,
+        *,
+        shard: Shard | None = None,
+    ) -> Any:
+        shape, dtype = held
+        if not isinstance(stored, Stored):
+            raise StateDictError(
+                f"{show_key(key)} is an array in like, and "
+                f"{_show(self._nodes[self._numbers[key]])} in the file"
+            )
+        if stored.dtype != dtype or (shard is None and stored.shape != shape):
+            raise StateDictError(
+                f"{show_key(key)} is an array of dtype {_full(dtype)} and shape "
+                f"{shape} in like, and {_show_stored(stored)} in the file. mpisave "
+                f"does not convert: give what is in the file, and convert that."
+            )
+        if not self._in_place:
+            return self.fresh(stored, start, shape)
+        self.wants.append(Want(stored, start, _writable(key, value)))
+        return value
+
+
+def _shape_and_dtype(node: Node) -> tuple[Point, np.dtype[Any]] | None:
+    """Return shape and dtype of an array, or None for a small object."""
+    try:
+        array = held_array(node.value)
+    except Exception as exc:  # of any library whose arrays these are
+        raise StateDictError(f"{show_key(node.key)}: {exc}") from exc
+    if array is None:
+        return None
+    if array.on_device:
+        raise StateDictError(
+            f"{show_key(node.key)} is on a device: load into arrays of the host, and "
+            f"copy these"
+        )
+    return array.shape, array.dtype
+
+
+def _writable(key: Key, value: Any) -> npt.NDArray[Any]:
+    held = held_array(value)
+    array: npt.NDArray[Any] | None = None if held is None else held.source
+    if array is None or not array.flags.writeable:
+        raise StateDictError(
+            f"{show_key(key)} cannot be filled in place: the array is read-only"
+        )
+    return array
+
+
+def _at(state: Any, key: Key) -> Any:
+    for part in key:
+        state = state[part]
+    return state
+
+
+def _show_stored(stored: Stored) -> str:
+    return f"one of dtype {_full(stored.dtype)} and shape {stored.shape}"
+
+
+def _full(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.isnative else f"{dtype.name} ({dtype.str})"
+
+
+def _show(node: Node) -> str:
+    if isinstance(node.value, Stored):
+        return _show_stored(node.value).replace("one", "an array", 1)
+    if isinstance(node.value, Opaque):
+        return f"an object of type {node.value.type_name}"
+    return f"{node.value!r:.80}" if node.kind == "leaf" else f"a {node.kind}"
+
+
+def refuse_opaque(key: Key, value: Opaque) -> None:
+    """Refuse an object that only `pickle.load` can give back."""
+    raise FileFormatError(
+        f"{show_key(key)} is an object of type {value.type_name}: mpisave does not run "
+        f"code to load a file. If you trust the file, pickle.load reads it."
+    )
+
+
+def saved_ranks(nodes: Iterable[Node]) -> dict[Key, int]:
+    """Return how many ranks saved, for each `PerRank`."""
+    return {node.key: node.value for node in nodes if node.kind == "per_rank"}
+
+
+def rank_of(
+    saved: Mapping[Key, int],
+    rank: int,
+    size: int,
+    choose: Callable[[int, int], int] | None,
+) -> int:
+    """Return which saved rank's values this rank takes.
+
+    Parameters
+    ----------
+    saved : mapping
+        As `saved_ranks` returns it.
+    rank, size : int
+        Of this rank, and how many there are now.
+    choose : callable or None
+        Called with `rank` and the number of ranks that saved; None: they are the same.
+
+    Raises
+    ------
+    ArgumentError
+        If their number differs and nobody said what to do.
+    """
+    counts = {ranks: key for key, ranks in saved.items()}
+    if not counts:
+        return rank
+    most = max(counts)
+    if choose is not None:
+        chosen = choose(rank, most)
+        if type(chosen) is not int or not 0 <= chosen < most:
+            raise ArgumentError(
+                f"per_rank({rank}, {most}) returned {chosen!r}: it is the rank, of the "
+                f"{most} that saved, whose values this one takes"
+            )
+        return chosen
+    if most != size:
+        raise ArgumentError(
+            f"{show_key(counts[most])} has a value for each of {most} ranks, and there "
+            f"are {size} now: say whose values each one takes, such as "
+            f"per_rank=lambda rank, saved: rank % saved"
+        )
+    return rank
