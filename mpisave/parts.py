@@ -9,7 +9,7 @@ import numpy as np
 
 from mpisave.checksum import blocks_of_parts
 from mpisave.errors import show_key
-from mpisave.metadata import merge
+from mpisave.merging import merge
 from mpisave.plan import cut
 from mpisave.replicas import check_equal, replicated
 from mpisave.transport.base import Incoming, Moved, Stream
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mpisave.formats.base import Format, Layout
-    from mpisave.metadata import Description, Merged
+    from mpisave.merging import Merged
+    from mpisave.metadata import Description
     from mpisave.plan import Column, Pieces, Woven
     from mpisave.storage import Target
 

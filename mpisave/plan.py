@@ -26,7 +26,7 @@ from mpisave.shards import run_elements, run_starts
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpisave.metadata import Boxes, Holding, Merged
+    from mpisave.merging import Boxes, Holding, Merged
     from mpisave.shards import Point, Points
 
 Column = npt.NDArray[np.int64]  # shape (n,)
@@ -185,7 +185,7 @@ def cut(
         else:
             parts.append(_runs(supply, runs, total))
     pieces = Pieces.join(parts)
-    if merged.sharded:
+    if merged.sharded or share:
         pieces = pieces.take(np.lexsort((pieces.within, pieces.entry)))
     return pieces, woven
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpisave.errors import StateDictError, show_key
+from mpisave.checksum import crc32c
+from mpisave.errors import StateDictError, naming, show_key
 from mpisave.shards import show_box
 
 if TYPE_CHECKING:
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpisave.metadata import Merged
+    from mpisave.arrays import HeldArray
+    from mpisave.merging import Merged
     from mpisave.plan import Column
+
+_STAGED_NBYTES = 2**20
 
 
 def replicated(merged: Merged, size: int) -> list[tuple[Column, Column]]:
@@ -56,6 +60,27 @@ def replicated(merged: Merged, size: int) -> list[tuple[Column, Column]]:
         (np.concatenate([p[0] for p in rank]), np.concatenate([p[1] for p in rank]))
         for rank in parts
     ]
+
+
+def digests_of(
+    held: Sequence[HeldArray], ordinals: Sequence[int]
+) -> npt.NDArray[np.uint32]:
+    """Return the CRC-32C of some arrays of this rank."""
+    values = []
+    for ordinal in ordinals:
+        array, value = held[ordinal], 0
+        with naming(array.name):
+            data = array.view(0, array.nbytes)
+            for start in range(0, array.nbytes, _STAGED_NBYTES):
+                stop = min(start + _STAGED_NBYTES, array.nbytes)
+                if data is None:
+                    part = np.empty(stop - start, np.uint8)
+                    array.stage(start, part)
+                else:
+                    part = data[start:stop]
+                value = crc32c(part, value)
+        values.append(value)
+    return np.array(values, np.uint32)
 
 
 def check_equal(

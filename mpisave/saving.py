@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, parse
-from mpisave.checksum import crc32c
 from mpisave.collective import (
     Comm,
     alike,
@@ -21,7 +20,7 @@ from mpisave.collective import (
     through_coordinator,
 )
 from mpisave.election import create_for_all, create_for_roots
-from mpisave.errors import naming, show_key
+from mpisave.errors import show_key
 from mpisave.formats import index
 from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
@@ -29,6 +28,7 @@ from mpisave.metadata import Described, describe
 from mpisave.parts import Part, divide
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
 from mpisave.plan import buffers
+from mpisave.replicas import digests_of
 from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
 from mpisave.transport.base import Moved, Route
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from mpisave.arrays import HeldArray
     from mpisave.formats.base import Format
-    from mpisave.metadata import Merged
+    from mpisave.merging import Merged
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
@@ -55,8 +55,6 @@ _MOST_THREADS = 4
 
 # Plans that are kept with a communicator: parameters and moments, and a pair to spare.
 _MOST_PLANS = 4
-
-_STAGED_NBYTES = 2**20
 
 
 def save(
@@ -426,7 +424,11 @@ class _Call:
         moved = self.moved
         digests = _NO_DIGESTS
         if self.args.replicas == "check":
-            digests = on_all_ranks(self.own, "compare replicas", self._digests)
+            digests = on_all_ranks(
+                self.own,
+                "compare replicas",
+                lambda: digests_of(self.held, self.part.replicas),
+            )
         sealer = self.writers[0]
         mine = (
             digests,
@@ -461,24 +463,6 @@ class _Call:
                 self.target.sync()
 
         on_all_ranks(self.own, "seal", write)
-
-    def _digests(self) -> Any:
-        """Return the CRC-32C of each array that others hold as well."""
-        values = []
-        for ordinal in self.part.replicas:
-            array, value = self.held[ordinal], 0
-            with naming(array.name):
-                data = array.view(0, array.nbytes)
-                for start in range(0, array.nbytes, _STAGED_NBYTES):
-                    stop = min(start + _STAGED_NBYTES, array.nbytes)
-                    if data is None:
-                        part = np.empty(stop - start, np.uint8)
-                        array.stage(start, part)
-                    else:
-                        part = data[start:stop]
-                    value = crc32c(part, value)
-            values.append(value)
-        return np.array(values, np.uint32)
 
     def publish(self) -> SaveReport:
         """Make the files visible, and report."""

@@ -5,7 +5,8 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from mpisave.metadata import describe, merge
+from mpisave.merging import merge
+from mpisave.metadata import describe
 from mpisave.shards import Shard, Shards
 from mpisave.tree import flatten
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import pickle
+import traceback
 import weakref
 
 import h5py
@@ -54,8 +55,8 @@ def on_each(comm, check):
     error = None
     try:
         check()
-    except Exception as exc:
-        error = f"rank {comm.rank}: {type(exc).__name__}: {exc}"
+    except Exception:
+        error = f"rank {comm.rank}:\n{traceback.format_exc()}"
     errors = [text for text in comm.allgather(error) if text]
     assert not errors, "\n".join(errors)
 
@@ -101,7 +102,7 @@ def _assert_group(group, expected):
             dataset = group[str(key)]
             assert dataset.chunks is None, dataset.name
             # Of no axes, h5py makes a number of the machine's byte order.
-            found = np.asarray(dataset[()], dataset.dtype)
+            found = np.asarray(dataset[()], dataset.dtype.str)
             assert_equal_states(found, value, dataset.name)
         else:
             assert group.attrs[str(key)] == value, (group.name, key)

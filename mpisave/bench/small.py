@@ -13,7 +13,8 @@ import mpisave
 from mpisave.bench.states import MIB, gpt2_like, many
 from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat
-from mpisave.metadata import Described, Description, describe, merge
+from mpisave.merging import merge
+from mpisave.metadata import Described, Description, describe
 from mpisave.plan import cut
 from mpisave.tree import flatten
 

@@ -10,7 +10,8 @@ from mpisave.checksum import crc32c
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
-    from mpisave.metadata import Described, Merged
+    from mpisave.merging import Merged
+    from mpisave.metadata import Described
     from mpisave.plan import Extent
 
 # Payload begins on a multiple of this many bytes: the longest vector load (AVX-512).

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mpisave.errors import Key
-    from mpisave.metadata import Described, Entry, Merged, MergedNode
+    from mpisave.merging import Entry, Merged, MergedNode
+    from mpisave.metadata import Described
 
 # Attributes of ours begin so; a user's key that does is escaped.
 _OURS = "mpisave."

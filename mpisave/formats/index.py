@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from mpisave.formats.base import Layout
-    from mpisave.metadata import Merged
+    from mpisave.merging import Merged
 
 VERSION = 1
 MAGIC = b"\x89mpisave"

@@ -25,7 +25,8 @@ from mpisave.tree import Node, rebuild
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from mpisave.metadata import Described, Entry, Merged
+    from mpisave.merging import Entry, Merged
+    from mpisave.metadata import Described
 
 # Pushed and popped right behind PROTO: a file of ours without an index is torn.
 MARK = b"mpisave-1"

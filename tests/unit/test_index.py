@@ -20,7 +20,8 @@ from mpisave.formats.index import (
     encode,
     find,
 )
-from mpisave.metadata import describe, merge
+from mpisave.merging import merge
+from mpisave.metadata import describe
 from mpisave.plan import Extent
 from mpisave.tree import Node, flatten
 

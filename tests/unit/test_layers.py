@@ -16,6 +16,7 @@ ROWS = (
     ("placement",),
     ("shards", "tree"),
     ("metadata", "state_types"),
+    ("merging",),
     # `arguments` asks `state_types` which names there are.
     ("arguments", "plan", "weave", "replicas", "report"),
     ("formats", "transport", "election"),
@@ -45,7 +46,8 @@ MAY_IMPORT = {
     "crc32c": {"checksum"},
 }
 PURE = (
-    *("tree", "shards", "metadata", "state_types", "arguments", "plan", "weave"),
+    *("tree", "shards", "metadata", "merging", "state_types", "arguments"),
+    *("plan", "weave"),
     *("replicas", "parts", "wanted", "checksum"),
 )
 IMPURE = {

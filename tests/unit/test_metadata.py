@@ -9,9 +9,10 @@ from boxes import boxes_in, described_by_rank, numbered, painted, tilings, where
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpisave import metadata
+from mpisave import merging
 from mpisave.errors import StateDictError
-from mpisave.metadata import Entry, describe, merge
+from mpisave.merging import Entry, merge
+from mpisave.metadata import describe
 from mpisave.shards import Shard, Shards
 from mpisave.tree import PerRank, flatten
 
@@ -219,13 +220,13 @@ def test_merge_of_4096_ranks_looks_at_each_distinct_state_once(monkeypatch):
         for r in range(64)
     ]
     added = []
-    add = metadata._Table.add
+    add = merging._Table.add
 
     def counting(table, one, rank):
         added.append(rank)
         return add(table, one, rank)
 
-    monkeypatch.setattr(metadata._Table, "add", counting)
+    monkeypatch.setattr(merging._Table, "add", counting)
 
     found = merge(every * 64)
 
@@ -488,13 +489,13 @@ class TestShards:
     def test_boxes_of_4096_ranks_are_collected_in_one_go(self, monkeypatch):
         # By count: one table of boxes for each structure, not one a rank.
         collected = []
-        collect = metadata._collect_boxes
+        collect = merging._collect_boxes
 
         def counting(descriptions, ranks, *rest):
             collected.append(len(ranks))
             return collect(descriptions, ranks, *rest)
 
-        monkeypatch.setattr(metadata, "_collect_boxes", counting)
+        monkeypatch.setattr(merging, "_collect_boxes", counting)
         first = description({"x": Shard(np.zeros((1, 2)), (4096, 2), (0, 0))})
         every = [
             first.with_boxes(np.array([rank, 0, 1, 2], np.int64))

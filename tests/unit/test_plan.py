@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mpisave import plan
 from mpisave.errors import show_key
-from mpisave.metadata import describe, merge
+from mpisave.merging import merge
+from mpisave.metadata import describe
 from mpisave.plan import (
     MAX_COUNT,
     ROUND_NBYTES,
