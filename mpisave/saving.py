@@ -169,8 +169,8 @@ class _Call:
     ) -> None:
         self.own = own
         self.clock = clock
-        self.sent_before = own.sent_nbytes
         self.path = path
+        sent_before = own.sent_nbytes
         every = exchange(own, "check arguments", lambda: self._parse(given))
         self.args: Arguments = every[own.rank][0]
         alike(own, "check arguments", lambda: check_alike([a for a, *_ in every]))
@@ -187,6 +187,7 @@ class _Call:
         self.comm: Comm = own
         if self.roots is None:
             self.comm = own.part(tuple(self.sealers))
+        self.sent_before = self._sent_nbytes() - (own.sent_nbytes - sent_before)
         self.place: Any = self.args.filled_path(own.rank) or path
         self.format: Format = (
             HDF5Format()
@@ -323,6 +324,10 @@ class _Call:
                 self.own, self.roots, self.paths, self.place, must_begin=must_begin
             )
         on_all_ranks(self.own, "lay out the file", self._lay_out)
+
+    def _sent_nbytes(self) -> int:
+        group = 0 if self.comm is self.own else self.comm.sent_nbytes
+        return self.own.sent_nbytes + group
 
     @property
     def _seals(self) -> bool:
@@ -483,7 +488,7 @@ class _Call:
             first.step_nbytes,
             first.rounds,
             first.transport,
-            self.own.sent_nbytes - self.sent_before,
+            self._sent_nbytes() - self.sent_before,
         )
         if self.own.rank == writers[0]:
             _log.info("saved %s", report)

@@ -84,7 +84,8 @@ class Exchange:
         """
         for together in self._rounds:
             self._round(together, moved)
-        moved.of_chunks[self._comm.rank] = np.array(self._sums.values, np.uint32)
+        if self._sums.values:  # where this rank writes the file
+            moved.of_chunks[self._comm.rank] = np.array(self._sums.values, np.uint32)
         if self._error is not None:
             raise self._error
 

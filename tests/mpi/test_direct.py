@@ -336,7 +336,6 @@ class TestGroups:
         assert_on_all_ranks(comm, report.paths == (name,), "paths")
 
     @pytest.mark.mpi(min_size=3)
-    @pytest.mark.xfail(reason="only messages to all ranks are counted", strict=True)
     def test_report_counts_small_messages_within_a_group(
         self, comm, shared_dir, monkeypatch
     ):
@@ -990,15 +989,7 @@ class TestRoots:
         "many",
         [
             pytest.param((1, 4), id="rows"),
-            pytest.param(
-                (4, 1),
-                id="columns",
-                marks=pytest.mark.xfail(
-                    reason="the second exchange takes away the sums of the first",
-                    strict=True,
-                    raises=mpisave.CollectiveError,
-                ),
-            ),
+            pytest.param((4, 1), id="columns"),
         ],
     )
     def test_roots_with_directories_of_their_own_get_all_boxes(
