@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mpisave.storage import Target
     from mpisave.transport.base import Moved, Stream
 
-# Blocks of checksums that one call writes, where the cap allows it.
+# Blocks of checksums that one job of a thread writes.
 _BLOCKS = 4
 
 # Pieces shorter than this are copied together, and written with what is between them.
@@ -31,9 +31,9 @@ SMALL_NBYTES = 64 * 2**10
 
 _PACKED_NBYTES = 2**20
 
-# A thread that is alone writes what it has just read for the checksum, while that is in
-# the second-level cache. Threads that take turns need longer calls.
-_STEP_NBYTES = 256 * 2**10
+# What is written at a time: it has just been read for the checksum, and is in the
+# second-level cache. Shorter calls keep threads waiting for one another.
+_STEP_NBYTES = 512 * 2**10
 
 
 class Direct:
@@ -71,7 +71,6 @@ class Direct:
         self._arrays = arrays
         self._between = between
         self._threads = max(1, threads)
-        self._step_nbytes = _STEP_NBYTES if threads == 1 else _BLOCKS * BLOCK_NBYTES
         self._scratch_nbytes = max(1, min(_PACKED_NBYTES, max_nbytes // self._threads))
 
     def move(self, moved: Moved, rank: int) -> None:
@@ -174,7 +173,7 @@ class Direct:
             done = first
             with naming(array.name):
                 while done < stop:
-                    end = min(stop, done + self._step_nbytes)
+                    end = min(stop, done + _STEP_NBYTES)
                     view = array.view(start + done, start + end)
                     if view is None:
                         n = min(self._scratch_nbytes, end - done)
