@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mpisave.errors import (
 from mpisave.formats import index, pkl
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
-from mpisave.reading import mapped, read
+from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
 from mpisave.sharing import read_shared
 from mpisave.storage import Source
@@ -36,7 +35,7 @@ from mpisave.tree import flatten
 from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import BinaryIO
 
     from mpi4py import MPI
@@ -369,17 +368,6 @@ def _check_alike(every: Sequence[tuple[tuple[str, Any], ...]]) -> None:
                     f"{name} differs between ranks: {first!r} on rank 0, {other!r} on "
                     f"rank {rank}. All ranks must give the same."
                 )
-
-
-@contextlib.contextmanager
-def naming_file(name: str) -> Iterator[None]:
-    """Put the name of the file in front of what is wrong with it."""
-    try:
-        yield
-    except FileFormatError as exc:
-        if exc.step or str(exc).startswith(name):  # agreed on, or named, already
-            raise
-        raise FileFormatError(f"{name}: {exc}") from exc
 
 
 def _find(source: Source) -> tuple[bytes, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -35,6 +36,17 @@ _GAP_NBYTES = 4096
 
 # Without checksums: runs shorter than this are read with what lies between them.
 _SHORTEST_RUN_NBYTES = 64 * 2**10
+
+
+@contextlib.contextmanager
+def naming_file(name: str) -> Iterator[None]:
+    """Put the name of the file in front of what is wrong with it."""
+    try:
+        yield
+    except FileFormatError as exc:
+        if exc.step or str(exc).startswith(name):  # agreed on, or named, already
+            raise
+        raise FileFormatError(f"{name}: {exc}") from exc
 
 
 def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks
 from mpisave.plan import SHORTEST_RUN_NBYTES, Woven
-from mpisave.reading import check_blocks, read_exactly
+from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
 from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
 
@@ -144,14 +144,23 @@ class _Regrouping:
     def _wanted_parts(self, chunk: Chunk) -> Iterator[Chunk]:
         """Yield the parts of a chunk that are wanted, none of them by too many."""
         array = self._woven[chunk.array]
-        n = supplied(array, chunk.first, chunk.stop)
-        if n * array.itemsize <= _ROUND_NBYTES or chunk.stop - chunk.first == 1:
-            if n:
-                yield chunk
+        first, stop = chunk.first, chunk.stop
+        n = supplied(array, first, stop)
+        if n == 0:
             return
-        middle = (chunk.first + chunk.stop) // 2
-        yield from self._wanted_parts(dataclasses.replace(chunk, stop=middle))
-        yield from self._wanted_parts(dataclasses.replace(chunk, first=middle))
+        middle = (first + stop) // 2
+        halves = [
+            dataclasses.replace(chunk, stop=middle),
+            dataclasses.replace(chunk, first=middle),
+        ]
+        is_long = (stop - first) * array.itemsize > BLOCK_NBYTES
+        is_half = is_long and supplied(array, first, middle) in (0, n)
+        too_many = n * array.itemsize > _ROUND_NBYTES and stop - first > 1
+        if is_half or too_many:
+            for half in halves:
+                yield from self._wanted_parts(half)
+        else:
+            yield chunk
 
     def run(self) -> None:
         """Read and pass on all chunks; then all ranks agree."""
@@ -159,8 +168,9 @@ class _Regrouping:
             self._round(together)
 
         def check() -> None:
-            if self._error is not None:
-                raise self._error
+            with naming_file(self._source.name):
+                if self._error is not None:
+                    raise self._error
 
         on_all_ranks(self._comm, "read and exchange", check)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpisave.collective import on_all_ranks
 from mpisave.errors import FileFormatError
-from mpisave.reading import check_blocks
+from mpisave.reading import check_blocks, naming_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,10 +66,11 @@ def read_shared(
         _copy(ordered, first, window[: stop - first])
 
     def check() -> None:
-        if failed is not None:
-            raise failed
-        for want in ordered if verify else ():
-            check_blocks(want.stored, want.array.reshape(-1).view(np.uint8).data)
+        with naming_file(source.name):
+            if failed is not None:
+                raise failed
+            for want in ordered if verify else ():
+                check_blocks(want.stored, want.array.reshape(-1).view(np.uint8).data)
 
     on_all_ranks(comm, "read", check)
 
@@ -92,7 +93,7 @@ def _fill(source: Source, offset: int, out: Any) -> None:
     done = source.read_into(offset, out.data)
     if done < out.size:
         raise FileFormatError(
-            f"{source.name} is torn: it ends at byte {offset + done}, in the arrays"
+            f"it is torn: it ends at byte {offset + done}, in the arrays"
         )
 
 
