@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -197,7 +198,11 @@ class _Load:
         where = [place for _, place in every]
         self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
         head = self._index()
-        with self.step("open the file", self._open) as source:
+        with contextlib.ExitStack() as opened:
+            # Closed also where it is another rank that cannot open it.
+            source = self.step(
+                "open the file", lambda: opened.enter_context(self._open())
+            )
             if head is None:
                 return self.step("load", lambda: self._foreign(source, like))
             found = self._compare(head, like, source)

@@ -65,14 +65,20 @@ def read_shared(
         _pass_on(comm, window, edges - first)
         _copy(ordered, first, window[: stop - first])
 
+    def tell() -> None:
+        if failed is not None:
+            with naming_file(source.name):
+                raise failed
+
     def check() -> None:
         with naming_file(source.name):
-            if failed is not None:
-                raise failed
-            for want in ordered if verify else ():
+            for want in ordered:
                 check_blocks(want.stored, want.array.reshape(-1).view(np.uint8).data)
 
-    on_all_ranks(comm, "read", check)
+    # First who could not read: what came instead is altered for all.
+    on_all_ranks(comm, "read", tell)
+    if verify:
+        on_all_ranks(comm, "read", check)
 
 
 def _windows(ordered: Sequence[Want]) -> Iterator[tuple[int, int]]:

@@ -823,7 +823,7 @@ class TestFailures:
         write = storage.StagedFile.write
 
         def full(self, offset, data):
-            if data.nbytes > 2**20 and threading.current_thread().name != "MainThread":
+            if data.nbytes > 2**18 and threading.current_thread().name != "MainThread":
                 raise FULL
             return write(self, offset, data)
 
@@ -835,7 +835,7 @@ class TestFailures:
             comm,
             mpisave.StorageError,
             lambda: save(comm, old, state),
-            f"'{last}.7'",
+            f"'{last}.",
             [last],
         )
 

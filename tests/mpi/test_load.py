@@ -195,6 +195,7 @@ class TestOtherNumbersOfRanks:
 
         on_each(comm, lambda: assert_boxes(found["x"], x, boxes))
 
+    @pytest.mark.mpi(min_size=2)
     def test_rank_that_wants_nothing_loads_with_the_others(self, comm, whole):
         is_last = comm.rank == comm.size - 1
         like = {} if is_last else {"x": np.zeros((24, 18), "f4")}
@@ -532,7 +533,7 @@ def bad_likes(good):
     yield np.zeros((24, 18), ">f4"), [">f4", "float32"]
     yield np.zeros((18, 24), "f4"), ["(18, 24)", "(24, 18)"]
     yield 3, ["'x' is 3 in like", "float32"]
-    yield {"x": good}, ["'x'"]
+    yield {"x": good}, ["'x' is a dict in like", "float32"]
     yield Shard(np.zeros((2, 18), "f4"), (25, 18), (0, 0)), ["(25, 18)", "(24, 18)"]
     yield Shard(np.zeros((2, 18), "f4"), (24, 18), (23, 0)), ["(2, 18)", "(23, 0)"]
     yield Shard(np.zeros((2, 18), "f8"), (24, 18), (0, 0)), ["float64", "float32"]
@@ -547,15 +548,12 @@ class TestRefusals:
         last, good = comm.size - 1, np.zeros((24, 18), "f4")
         bad, matches = list(bad_likes(good))[number]
         like = {"x": bad if comm.rank == last else good}
-        match = "'x'"
-        if number == 4:  # another kind of node: a key that the file lacks
-            match = "['x']['x']"
 
         caught = assert_refused(
             comm,
             mpisave.StateDictError,
             lambda: mpisave.load(whole, comm=comm, like=like, unexpected="skip"),
-            match,
+            "'x'",
         )
 
         for text in matches:
@@ -597,7 +595,7 @@ class TestRefusals:
             comm,
             mpisave.ArgumentError,
             lambda: mpisave.load(whole, comm=comm, like={}, **{name: value}),
-            f"{name} differs between ranks: {first!r} on rank 0, {other!r} on rank {last}",
+            f"{name} differs between ranks: {first!r} on rank 0, {other!r} on rank",
         )
 
     @pytest.mark.mpi(min_size=2)
@@ -652,9 +650,17 @@ class TestRefusals:
     def test_rank_that_cannot_open_the_file_is_raised_everywhere(
         self, comm, whole, monkeypatch
     ):
-        last = comm.size - 1
-        error = FileNotFoundError(errno.ENOENT, "No such file or directory")
-        with failing_on(comm, last, monkeypatch, loading, "Source", error):
+        last, opened, open_source = comm.size - 1, [], loading.Source
+
+        def open_or_fail(path):
+            # The first rank opens the file before, to read the index.
+            if comm.rank == last:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            opened.append(open_source(path))
+            return opened[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "Source", open_or_fail)
             caught = assert_refused(
                 comm,
                 mpisave.StorageError,
@@ -663,6 +669,10 @@ class TestRefusals:
                 [last],
             )
 
+        left = [source for source in opened if not source._file.closed]
+        for source in left:
+            source.close()
+        assert_on_all_ranks(comm, not left, "every rank closes the file")
         assert caught.step == "open the file"
         assert caught.errno == errno.ENOENT
         assert caught.failures[last].host == comm.allgather(socket.gethostname())[last]
@@ -756,7 +766,7 @@ class TestAltered:
 
     @pytest.mark.mpi(min_size=2)
     def test_block_that_no_rank_wants_is_not_read(self, comm, shared_dir):
-        x = numbers((64, 32), "u1")
+        x = np.random.default_rng(0).integers(0, 256, (64, 32), np.uint8)
         with small_blocks(64):
             path = put(comm, shared_dir / "x", {"x": x})
             flip(comm, path, x[60].tobytes())
@@ -917,9 +927,8 @@ class TestShared:
 
         on_each(comm, lambda: assert_equal_states(found, state))
         assert_on_all_ranks(comm, len(calls) == 1, "shared")
-        payload = sum(a.nbytes for a in state.values() if isinstance(a, np.ndarray))
-        index_nbytes = 64 * len(state) * 2 if comm.rank == 0 else 0
-        most = payload / comm.size + 8000 + index_nbytes
+        index_nbytes = 20_000 if comm.rank == 0 else 0
+        most = path.stat().st_size / comm.size + 1000 + index_nbytes
         assert_on_all_ranks(comm, sum(reads) < most, f"{sum(reads)} bytes read")
 
     @pytest.mark.mpi(min_size=2)
@@ -1065,7 +1074,7 @@ class TestRegrouped:
                 raise OSError(errno.EIO, "Input/output error")
             return function(*args)
 
-        monkeypatch.setattr(regrouping, "CHUNK_NBYTES", 2048)
+        monkeypatch.setattr(regrouping, "CHUNK_NBYTES", 512)
         if comm.rank == victim:
             monkeypatch.setattr(regrouping._Regrouping, name, fail)
 
