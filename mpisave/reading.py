@@ -147,7 +147,8 @@ class _Box:
         self.unit = BLOCK_NBYTES if verify else _SHORTEST_RUN_NBYTES
         if not verify and run_nbytes >= _SHORTEST_RUN_NBYTES:
             self.unit = 1
-        most_gap = 0 if self.unit == 1 else self.unit // self.itemsize
+        # So that no unit lies in a gap.
+        most_gap = (self.unit - 1) // self.itemsize
         firsts, length = spans(shape, self.start, self.count, most_gap)
         self.runs: npt.NDArray[np.int64] = firsts * self.itemsize
         self.run_nbytes = length * self.itemsize
