@@ -78,7 +78,12 @@ def read_regrouped(
     demands = _demands(every)
     if not demands:
         return list(wants)
-    _Regrouping(comm, source, wants, demands, verify=verify).run()
+    regrouping = on_all_ranks(
+        comm,
+        "allocate buffers",
+        lambda: _Regrouping(comm, source, wants, demands, verify=verify),
+    )
+    regrouping.run()
     taken = {demand.stored.key for demand in demands}
     return [
         want
@@ -118,6 +123,18 @@ def _demands(every: Sequence[Sequence[tuple[Any, ...]]]) -> list[_Demand]:
     return demands
 
 
+def _boxes_of(array: Woven, rank: int) -> Woven:
+    """Return what of an array one rank wants."""
+    mine = array.ranks == rank
+    return dataclasses.replace(
+        array,
+        ranks=array.ranks[mine],
+        ordinals=array.ordinals[mine],
+        starts=array.starts[mine],
+        counts=array.counts[mine],
+    )
+
+
 class _Regrouping:
     """The exchange of one call of load."""
 
@@ -140,6 +157,16 @@ class _Regrouping:
         ]
         self._rounds = list(rounds(found, max(1, _ROUND_NBYTES // CHUNK_NBYTES)))
         self._error: BaseException | None = None
+        sends = [self._nbytes(self._woven, c) for c in found if c.writer == comm.rank]
+        mine = [_boxes_of(array, comm.rank) for array in self._woven]
+        gets = [sum(self._nbytes(mine, c) for c in every) for every in self._rounds]
+        self._packed = np.empty(max(sends, default=0), np.uint8)
+        self._received = np.empty(max(gets, default=0), np.uint8)
+
+    def _nbytes(self, woven: Sequence[Woven], chunk: Chunk) -> int:
+        """Return the bytes that boxes have in a chunk."""
+        array = woven[chunk.array]
+        return supplied(array, chunk.first, chunk.stop) * array.itemsize
 
     def _wanted_parts(self, chunk: Chunk) -> Iterator[Chunk]:
         """Yield the parts of a chunk that are wanted, none of them by too many."""
@@ -192,8 +219,8 @@ class _Regrouping:
                 if move.rank == rank:
                     incoming.append((chunk.writer, move))
                     got[chunk.writer] += nbytes
-        packed = np.empty(int(sent.sum()), np.uint8)
-        received = np.empty(int(got.sum()), np.uint8)
+        packed = self._packed[: int(sent.sum())]
+        received = self._received[: int(got.sum())]
         try:
             if mine is not None and self._error is None:
                 self._pack(mine, outgoing, packed, sent)

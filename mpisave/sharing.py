@@ -52,7 +52,9 @@ def read_shared(
         (want for want in wants if want.array.size),
         key=lambda want: want.stored.extent.offset,
     )
-    window = np.empty(WINDOW_NBYTES, np.uint8)
+    window = on_all_ranks(
+        comm, "allocate buffers", lambda: np.empty(WINDOW_NBYTES, np.uint8)
+    )
     failed: BaseException | None = None
     for first, stop in _windows(ordered):
         edges = first + (stop - first) * np.arange(comm.size + 1) // comm.size

@@ -68,10 +68,12 @@ def first_ranks(comm, size):
 
     is_in = comm.rank < size
     part = comm.Split(0 if is_in else MPI.UNDEFINED, comm.rank)
-    yield part if is_in else None
-    if is_in:
-        part.Free()
-    comm.Barrier()
+    try:
+        yield part if is_in else None
+    finally:  # an error is alike on all ranks of the part
+        if is_in:
+            part.Free()
+        comm.Barrier()
 
 
 def stock(value):

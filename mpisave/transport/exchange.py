@@ -70,6 +70,12 @@ class Exchange:
         largest = max(sizes, default=0)
         self._received = np.empty(largest, np.uint8)
         self._whole = np.empty(largest, np.uint8)
+        own = sum(
+            int(array.counts[array.ranks == comm.rank].prod(axis=1).sum())
+            * array.itemsize
+            for array in woven
+        )
+        self._packed = np.empty(min(own, most * limits.chunk_nbytes), np.uint8)
         self._sums = BlockSums()
         self._error: BaseException | None = None
 
@@ -107,7 +113,7 @@ class Exchange:
                     mine = chunk
                     incoming.append(move)
                     got[move.rank] += nbytes
-        packed = np.empty(int(sent.sum()), np.uint8)
+        packed = self._packed[: int(sent.sum())]
         try:
             if self._error is None:
                 self._pack(outgoing, packed)

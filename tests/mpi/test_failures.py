@@ -3,13 +3,13 @@
 import errno
 import io
 import os
-import pickle
 import socket
 import threading
 
 import numpy as np
 import pytest
 from helpers import assert_on_all_ranks, failing_on, files_in
+from ranks import Numpy, assert_nothing_lost, assert_refused, put_old
 
 import mpisave
 from mpisave import arrays, parts, saving, storage
@@ -31,37 +31,7 @@ def state_of(rank, nbytes=200_000):
 @pytest.fixture
 def old(comm, shared_dir):
     """Return the path of a state that was saved before."""
-    path = shared_dir / "state.params"
-    if comm.rank == 0:
-        with path.open("wb") as file:
-            pickle.dump("the old state", file)
-    comm.Barrier()
-    return path
-
-
-def assert_refused(comm, error, call, match, failures=None):
-    """Check that `call` raises the same on every rank; return the exception."""
-    caught = None
-    try:
-        call()
-    except Exception as exc:
-        caught = exc
-    kinds = comm.allgather(type(caught).__name__)
-    texts = comm.allgather(str(caught))
-    assert set(kinds) == {error.__name__}, (kinds, texts)
-    assert len(set(texts)) == 1, texts
-    assert match in texts[0], texts[0]
-    assert isinstance(caught, mpisave.MpisaveError)
-    if failures is not None:
-        assert sorted(caught.failures) == failures
-    return caught
-
-
-def assert_nothing_lost(comm, old):
-    comm.Barrier()
-    assert_on_all_ranks(comm, files_in(old.parent) == [old.name], "no staging file")
-    with old.open("rb") as file:
-        assert pickle.load(file) == "the old state"
+    return put_old(comm, shared_dir / "state.params")
 
 
 def save(comm, path, state=None, **changed):
@@ -552,16 +522,6 @@ def test_writer_that_cannot_start_is_raised_everywhere(comm, old, monkeypatch):
     assert_on_all_ranks(comm, len(mpisave.load(old)) == comm.size + 1, "next save")
 
 
-class NoMemory:
-    """NumPy, as one module sees it, with another way to allocate."""
-
-    def __init__(self, empty):
-        self.empty = empty
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("victim", [0, -1])
 def test_rank_without_memory_for_buffers_is_raised_everywhere(
@@ -573,7 +533,7 @@ def test_rank_without_memory_for_buffers_is_raised_everywhere(
     calls = 1 if victim == 0 else 0
     with monkeypatch.context() as patch:
         if comm.rank == victim:
-            patch.setattr(gather, "np", NoMemory(fail_after(calls, error, np.empty)))
+            patch.setattr(gather, "np", Numpy(fail_after(calls, error, np.empty)))
         caught = assert_refused(
             comm,
             mpisave.CollectiveError,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import pickle
 import socket
 
@@ -15,6 +16,7 @@ from ranks import Counted, Numpy, assert_refused, first_ranks, grid, numbers, on
 
 import mpisave
 from mpisave import PerRank, Shard, Shards, loading, regrouping, sharing, storage
+from mpisave.transport import exchange
 
 pytestmark = pytest.mark.mpi
 
@@ -1124,3 +1126,32 @@ class TestRegrouped:
         # received are a round.
         most = x.nbytes + 3 * 20_000
         assert_on_all_ranks(comm, counted.most <= most, f"{counted.most} bytes")
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("module", [exchange, regrouping, sharing], ids=str)
+def test_rank_without_memory_for_an_exchange_is_raised_everywhere(
+    comm, shared_dir, monkeypatch, module
+):
+    x = numbers((60, 8 * comm.size), "i8")
+    columns = {"x": boxes_of(x, [grid(x.shape, (1, comm.size))[comm.rank]], 0)}
+    path = put(comm, shared_dir / "x", {"x": x})
+
+    def full(*_args):
+        raise MemoryError("no buffer")
+
+    def act():
+        if module is exchange:
+            return mpisave.save(columns, shared_dir / "y", comm=comm)
+        like = None if module is sharing else columns
+        return mpisave.load(path, comm=comm, like=like)
+
+    last = comm.size - 1
+    with hosts(monkeypatch, comm) as patch:
+        if comm.rank == last:
+            patch.setattr(module, "np", Numpy(full))
+        caught = assert_refused(comm, mpisave.CollectiveError, act, "no buffer", [last])
+
+    assert caught.step == "allocate buffers"
+    comm.Barrier()
+    assert_on_all_ranks(comm, os.listdir(shared_dir) == ["x"], "nothing left")
