@@ -75,7 +75,14 @@ class Exchange:
             * array.itemsize
             for array in woven
         )
-        self._packed = np.empty(min(own, most * limits.chunk_nbytes), np.uint8)
+        longest = max(
+            (
+                sum((c.stop - c.first) * woven[c.array].itemsize for c in together)
+                for together in self._rounds
+            ),
+            default=0,
+        )
+        self._packed = np.empty(min(own, longest), np.uint8)
         self._sums = BlockSums()
         self._error: BaseException | None = None
 
