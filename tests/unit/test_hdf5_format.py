@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpisave
+from mpisave.formats import hdf5
 from mpisave.formats.hdf5 import escape
 
 DTYPES = [
@@ -380,6 +381,33 @@ INDEX = (
     b"}p\xa0\xac"  # CRC-32C
     b"\x89mpisave"
 )
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 100])
+def test_state_that_takes_several_openings_of_the_file_is_complete(monkeypatch, after):
+    monkeypatch.setattr(hdf5, "_REOPEN_AFTER", after)
+    layers = {
+        f"l{i}": {"w": np.full(i, i), "s": np.array(i), "t": f"t{i}", "n": [i, "x"]}
+        for i in range(30)
+    }
+    state = {"layers": layers, "l": [np.arange(2), {"bf": np.ones(20, "f2")}], "i": 5}
+
+    data = saved(state)
+
+    assert saved(state) == data
+    extents = extents_of(data)
+    with h5py.File(io.BytesIO(data)) as file:
+        for name, layer in layers.items():
+            group = file["layers"][name]
+            assert dict(group.attrs) == {"t": layer["t"], "n": json.dumps(layer["n"])}
+            for key in ("w", "s"):
+                np.testing.assert_array_equal(group[key][()], layer[key])
+                offset = group[key].id.get_offset() or 0
+                assert offset == extents["layers", name, key][0]
+                assert offset % 64 == 0
+        assert file["l/1/bf"][()].tolist() == [1] * 20
+        assert file["l"].attrs["mpisave.kind"] == "list"
+        assert file.attrs["i"] == 5
 
 
 @pytest.mark.skipif(
