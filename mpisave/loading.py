@@ -209,9 +209,10 @@ class _Load:
             wants = found.wants
             if len({host for host, *_ in where}) > 1:
                 common, wants = self._in_common(wants)
-                read_shared(own, source, common, verify=verify)
+                if common:
+                    read_shared(own, source, common, verify=verify)
             if own.size > 1 and like is not None:
-                wants = read_regrouped(own, source, wants, verify=verify)
+                wants = read_regrouped(own, source, wants, self._arrays, verify=verify)
             threads = min(_MOST_THREADS, cores_of(where, own.rank))
 
             def read_own() -> None:
@@ -275,6 +276,7 @@ class _Load:
             with naming_file(source.name):
                 content = index.decode(*head)
                 self._order = [node.key for node in content.nodes]
+                self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)
                 found = self._want(nodes, like, source)
             made.append(found)

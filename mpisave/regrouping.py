@@ -21,11 +21,12 @@ from mpisave.shards import run_elements, slices
 from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from mpisave.collective import Comm
+    from mpisave.errors import Key
     from mpisave.formats.index import Stored
     from mpisave.storage import Source
     from mpisave.wanted import Want
@@ -44,7 +45,12 @@ class _Demand:
 
 
 def read_regrouped(
-    comm: Comm, source: Source, wants: Sequence[Want], *, verify: bool
+    comm: Comm,
+    source: Source,
+    wants: Sequence[Want],
+    arrays: Mapping[Key, Stored],
+    *,
+    verify: bool,
 ) -> list[Want]:
     """Read what several ranks want in short runs. Collective.
 
@@ -56,6 +62,8 @@ def read_regrouped(
         The file, as each rank has it open.
     wants : sequence of Want
         What this rank wants.
+    arrays : mapping of key to Stored
+        All that the file holds: other ranks may want what this one does not.
     verify : bool
         Whether to check the CRC-32C of every block.
 
@@ -71,11 +79,11 @@ def read_regrouped(
     """
     short = {place: want for place, want in enumerate(wants) if _is_short(want)}
     mine = [
-        (want.stored, place, want.start, want.array.shape)
+        (want.stored.key, place, want.start, want.array.shape)
         for place, want in short.items()
     ]
     every = exchange(comm, "find what several ranks want", lambda: mine)
-    demands = _demands(every)
+    demands = _demands(every, arrays)
     if not demands:
         return list(wants)
     regrouping = on_all_ranks(
@@ -102,20 +110,22 @@ def _is_short(want: Want) -> bool:
     return run < want.array.size and nbytes < SHORTEST_RUN_NBYTES
 
 
-def _demands(every: Sequence[Sequence[tuple[Any, ...]]]) -> list[_Demand]:
+def _demands(
+    every: Sequence[Sequence[tuple[Key, int, Any, Any]]], arrays: Mapping[Key, Stored]
+) -> list[_Demand]:
     """Return the arrays that more than one rank wants, in file order."""
-    by_array: dict[int, list[tuple[Stored, int, int, Any, Any]]] = {}
+    by_array: dict[Key, list[tuple[int, int, Any, Any]]] = {}
     for rank, wanted in enumerate(every):
-        for stored, place, start, count in wanted:
-            found = by_array.setdefault(stored.extent.offset, [])
-            found.append((stored, rank, place, start, count))
+        for key, *box in wanted:
+            by_array.setdefault(key, []).append((rank, *box))
     demands = []
-    for number, (_, found) in enumerate(sorted(by_array.items())):
-        ranks = np.array([rank for _, rank, *_ in found], np.int64)
+    in_order = sorted(by_array, key=lambda key: arrays[key].extent.offset)
+    for number, key in enumerate(in_order):
+        stored, found = arrays[key], by_array[key]
+        ranks = np.array([rank for rank, *_ in found], np.int64)
         if ranks[0] == ranks[-1]:  # ascending
             continue
-        stored = found[0][0]
-        columns = zip(*(item[2:] for item in found), strict=True)
+        columns = zip(*(item[1:] for item in found), strict=True)
         places, starts, counts = (np.array(column, np.int64) for column in columns)
         itemsize, shape = stored.dtype.itemsize, stored.shape
         woven = Woven(number, itemsize, shape, ranks, places, starts, counts)

@@ -72,6 +72,11 @@ class Index:
     skeleton_crc32c: int
     nodes: tuple[Node, ...]  # a leaf is a Stored array, Opaque, or a small object
 
+    def arrays(self) -> dict[Key, Stored]:
+        """Return the arrays by key."""
+        found = ((node.key, node.value) for node in self.nodes)
+        return {key: value for key, value in found if isinstance(value, Stored)}
+
     def state(self, load: Callable[[Stored], Any]) -> Any:
         """Return the nested state, with what `load` gives for each array.
 
