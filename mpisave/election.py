@@ -54,14 +54,8 @@ def create_for_roots(
     def create() -> str | None:
         if own.rank not in roots:
             return None
-        if not isinstance(place, str):
-            target = FileObject(place)
-            target.check(must_begin=must_begin)
-            made.append(target)
-            return None
-        staged = StagedFile(place)
-        made.append(staged)
-        return staged.staging_name
+        made.append(_create(place, must_begin=must_begin))
+        return _name_of(made[0])
 
     try:
         if any(paths[root] is None for root in roots):
@@ -92,6 +86,19 @@ def create_for_roots(
             target.discard()
         raise
     return (made[0] if made else None), tuple(sorted(writers))
+
+
+def _create(place: str | BinaryIO, *, must_begin: bool) -> Target:
+    if isinstance(place, str):
+        return StagedFile(place)
+    target = FileObject(place)
+    target.check(must_begin=must_begin)
+    return target
+
+
+def _name_of(target: Target) -> str | None:
+    """Return the name under which others find a staging file."""
+    return target.staging_name if isinstance(target, StagedFile) else None
 
 
 def _sees(place: str | BinaryIO, staging_name: str | None) -> bool:
@@ -129,15 +136,12 @@ def create_for_all(
     def create() -> tuple[str, str, str] | None:
         if own.rank != sealer:
             return None
-        if not isinstance(place, str):
-            target = FileObject(place)
-            target.check(must_begin=must_begin)
-            made.append(target)
+        made.append(_create(place, must_begin=must_begin))
+        name = _name_of(made[0])
+        if name is None or not isinstance(place, str):
             return None
-        staged = StagedFile(place)
-        made.append(staged)
         final = os.path.basename(os.path.realpath(place))  # noqa: PTH119
-        return staged.staging_name, socket.gethostname(), final
+        return name, socket.gethostname(), final
 
     def join() -> None:
         found = names[sealer]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mpisave.arrays import HeldArray, dtype_name, held_array
 from mpisave.errors import Key, StateDictError, show_key
-from mpisave.shards import boxes_of
+from mpisave.shards import boxes_of, lies_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -111,11 +111,7 @@ def _describe_shards(
                 f"shard is made of an array"
             )
         shape, start = shard.global_shape, shard.start
-        axes = {len(shape), len(start), len(array.shape)}
-        if len(axes) > 1 or any(
-            first < 0 or first + n > total
-            for first, n, total in zip(start, array.shape, shape, strict=False)
-        ):
+        if not lies_within(shape, start, array.shape):
             raise StateDictError(
                 f"{show_key(key)}: an array of shape {array.shape} that starts at "
                 f"{start} does not lie within the global shape {shape}"

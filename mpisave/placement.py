@@ -26,7 +26,7 @@ def communicator(comm: Any) -> Any:
         check_launch(1, os.environ)
         return SoloComm()
     if MPI.Is_finalized():
-        raise ArgumentError("MPI is finalized: the ranks can no longer save together")
+        raise ArgumentError("MPI is finalized: the ranks can no longer work together")
     world = MPI.COMM_WORLD  # noqa: TID251 - the default communicator
     if comm is None:
         comm = world

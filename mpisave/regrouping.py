@@ -15,9 +15,10 @@ import numpy as np
 
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks
-from mpisave.plan import SHORTEST_RUN_NBYTES, Woven
+from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
 from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
+from mpisave.transport.exchange import alltoallv
 from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class _Regrouping:
                 self._pack(mine, outgoing, packed, sent)
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             self._error = exc
-        self._alltoallv(packed, sent, received, got)
+        alltoallv(self._comm, packed, sent, received, got)
         try:
             if self._error is None:
                 self._place(incoming, received, got)
@@ -250,7 +251,7 @@ class _Regrouping:
         itemsize = demand.woven.itemsize
         first, stop = chunk.first * itemsize, chunk.stop * itemsize
         elements = self._read(demand.stored, first, stop).view(demand.stored.dtype)
-        at = (np.cumsum(sent) - sent).tolist()
+        at = displacements(sent).tolist()
         for move in outgoing:
             n = math.prod(move.count) * itemsize
             part = packed[at[move.rank] : at[move.rank] + n].view(demand.stored.dtype)
@@ -272,19 +273,10 @@ class _Regrouping:
             check_blocks(stored, data.data, begin // BLOCK_NBYTES)
         return data[first - begin : stop - begin]
 
-    def _alltoallv(self, packed: Any, sent: Any, received: Any, got: Any) -> None:
-        from mpi4py import MPI
-
-        # Below 2**31 by construction: a round is of few chunks.
-        self._comm.raw.Alltoallv(
-            [packed, sent.tolist(), (np.cumsum(sent) - sent).tolist(), MPI.BYTE],
-            [received, got.tolist(), (np.cumsum(got) - got).tolist(), MPI.BYTE],
-        )
-
     def _place(
         self, incoming: Sequence[tuple[int, Move]], received: Any, got: Any
     ) -> None:
-        at = (np.cumsum(got) - got).tolist()
+        at = displacements(got).tolist()
         for sender, move in incoming:
             want = self._wants[move.ordinal]
             n = math.prod(move.count) * want.array.itemsize

@@ -70,6 +70,14 @@ def boxes_of(value: object) -> tuple[Shard, ...] | None:
     return value.boxes if isinstance(value, Shards) else None
 
 
+def lies_within(shape: Point, start: Point, count: Point) -> bool:
+    """Return whether a box lies in an array, and has as many axes."""
+    return len(shape) == len(start) == len(count) and all(
+        first >= 0 and first + n <= total
+        for first, n, total in zip(start, count, shape, strict=True)
+    )
+
+
 def show_box(start: Sequence[int], count: Sequence[int]) -> str:
     """Return a box as NumPy would index it: ``[0:2, 4:8]``."""
     sides = zip(start, count, strict=True)

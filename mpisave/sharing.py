@@ -6,6 +6,7 @@ the others' parts by Allgatherv.
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,13 +118,8 @@ def _pass_on(comm: Any, window: Any, edges: Any) -> None:
 def _copy(ordered: Sequence[Want], first: int, data: Any) -> None:
     """Copy what of the arrays is in a window to its place."""
     stop = first + data.size
-    low, high = 0, len(ordered)
-    while low < high:  # the first array that ends behind the window's begin
-        middle = (low + high) // 2
-        if ordered[middle].stored.extent.stop <= first:
-            low = middle + 1
-        else:
-            high = middle
+    # The first array that ends behind the window's begin.
+    low = bisect.bisect_right(ordered, first, key=lambda want: want.stored.extent.stop)
     for want in ordered[low:]:
         extent = want.stored.extent
         if extent.offset >= stop:

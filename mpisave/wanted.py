@@ -18,7 +18,7 @@ from mpisave.errors import (
     show_key,
 )
 from mpisave.formats.index import Opaque, Stored
-from mpisave.shards import Point, Shard, Shards, boxes_of
+from mpisave.shards import Point, Shard, Shards, boxes_of, lies_within
 from mpisave.tree import Node, PerRank, flatten, rebuild
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ class All(_Wants):
             return
         plain: list[Node] = []
         apart = {node.key for node in nodes if node.kind == "per_rank"}
-        # By the longest: one PerRank may hold another.
         inside: dict[Key, list[Node]] = {(*key, rank): [] for key in apart}
         for node in nodes:
             key = node.key
@@ -331,10 +330,7 @@ class Match(_Wants):
                 f"and {_show_stored(stored)} is in the file"
             )
         shape, start = held[0], shard.start
-        if len({len(shape), len(start), len(shard.global_shape)}) > 1 or any(
-            first < 0 or first + n > total
-            for first, n, total in zip(start, shape, shard.global_shape, strict=True)
-        ):
+        if not lies_within(shard.global_shape, start, shape):
             raise StateDictError(
                 f"{show_key(key)}: a box of shape {shape} that starts at {start} does "
                 f"not lie within the global shape {shard.global_shape}"

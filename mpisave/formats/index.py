@@ -30,10 +30,10 @@ from mpisave.checksum import block_count, crc32c
 from mpisave.errors import FileFormatError, Key, show_key
 from mpisave.formats.objects import from_json, to_json
 from mpisave.plan import Extent
-from mpisave.tree import Node, rebuild
+from mpisave.tree import Node
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mpisave.formats.base import Layout
     from mpisave.merging import Merged
@@ -76,28 +76,6 @@ class Index:
         """Return the arrays by key."""
         found = ((node.key, node.value) for node in self.nodes)
         return {key: value for key, value in found if isinstance(value, Stored)}
-
-    def state(self, load: Callable[[Stored], Any]) -> Any:
-        """Return the nested state, with what `load` gives for each array.
-
-        Raises
-        ------
-        FileFormatError
-            If it holds an object that only `pickle.load` can give back.
-        """
-        nodes = []
-        for node in self.nodes:
-            value = node.value
-            if isinstance(value, Opaque):
-                raise FileFormatError(
-                    f"{show_key(node.key)} is an object of type {value.type_name}: "
-                    f"mpisave does not run code to load a file. If you trust the file, "
-                    f"pickle.load reads it."
-                )
-            if isinstance(value, Stored):
-                value = load(value)
-            nodes.append(Node(node.key, node.kind, value))
-        return rebuild(nodes)
 
 
 def encode(

@@ -10,17 +10,40 @@ import numpy as np
 
 from mpisave.checksum import BlockSums
 from mpisave.errors import naming
+from mpisave.plan import displacements
 from mpisave.shards import slices
 from mpisave.weave import moves, rounds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mpisave.arrays import HeldArray
-    from mpisave.plan import Woven
+    from mpisave.arrays import Bytes, HeldArray
+    from mpisave.plan import Column, Woven
     from mpisave.storage import Target
     from mpisave.transport.base import Moved
     from mpisave.weave import Budget, Chunk, Move
+
+
+def alltoallv(
+    comm: Any, packed: Bytes, sent: Column, received: Bytes, got: Column
+) -> None:
+    """Send bytes to every rank, and receive from every rank. Collective.
+
+    Parameters
+    ----------
+    comm : Comm
+        Of several ranks.
+    packed, received : ndarray of uint8
+        The bytes to each rank, and from each, one rank after another.
+    sent, got : ndarray of int64, shape (size,)
+        How many they are. Below 2**31 in all: a round is of few chunks.
+    """
+    from mpi4py import MPI
+
+    comm.raw.Alltoallv(
+        [packed, sent.tolist(), displacements(sent).tolist(), MPI.BYTE],
+        [received, got.tolist(), displacements(got).tolist(), MPI.BYTE],
+    )
 
 
 class Exchange:
@@ -127,7 +150,10 @@ class Exchange:
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             self._error = exc
         began = time.perf_counter()
-        received = self._alltoallv(packed, sent, got)
+        received = packed
+        if size > 1:
+            received = self._received[: int(got.sum())]
+            alltoallv(self._comm, packed, sent, received, got)
         moved.waited_s += time.perf_counter() - began
         moved.rounds += 1
         moved.nbytes += int(got.sum() - got[rank])
@@ -149,19 +175,6 @@ class Exchange:
                 array.stage_box(where, packed[at : at + nbytes])
             at += nbytes
 
-    def _alltoallv(self, packed: Any, sent: Any, got: Any) -> Any:
-        if self._comm.size == 1:
-            return packed
-        from mpi4py import MPI
-
-        received = self._received[: int(got.sum())]
-        # Below 2**31 by construction: a round brings a chunk, and sends few.
-        self._comm.raw.Alltoallv(
-            [packed, sent.tolist(), (np.cumsum(sent) - sent).tolist(), MPI.BYTE],
-            [received, got.tolist(), (np.cumsum(got) - got).tolist(), MPI.BYTE],
-        )
-        return received
-
     def _put_together(
         self, chunk: Chunk, incoming: list[Move], received: Any, got: Any
     ) -> None:
@@ -169,7 +182,7 @@ class Exchange:
         kind = np.dtype(f"V{array.itemsize}")
         nbytes = (chunk.stop - chunk.first) * array.itemsize
         elements = self._whole[:nbytes].view(kind)
-        at = (np.cumsum(got) - got).tolist()
+        at = displacements(got).tolist()
         for move in incoming:
             n = math.prod(move.count) * array.itemsize
             part = received[at[move.rank] : at[move.rank] + n].view(kind)
