@@ -19,6 +19,7 @@ from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
 from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
 from mpisave.transport.exchange import alltoallv
+from mpisave.wanted import is_whole
 from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def read_regrouped(
 
 def _is_short(want: Want) -> bool:
     """Return whether a box lies in the file in runs too short to read each."""
-    if not want.array.size:
+    if not want.array.size or is_whole(want):
         return False
     count = np.array([want.array.shape], np.int64).reshape(1, -1)
     run = int(run_elements(want.stored.shape, count)[0])
