@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -27,8 +28,12 @@ _NAMES = (
     "max_grouped_size",
     "replicas",
     "durable",
+    "timeout",
     "comm",
 )
+# Longer than a slow file system takes for what one rank writes; shorter than a night.
+DEFAULT_TIMEOUT_S = 600.0
+
 REPLICAS = ("first", "check", "share")
 
 
@@ -99,6 +104,7 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     durable = given["durable"]
     if not isinstance(durable, bool):
         raise ArgumentError(f"durable is {durable!r}: it is True or False")
+    parse_timeout(given["timeout"])
     has_file = all(hasattr(path, n) for n in ("write", "seek", "tell", "truncate"))
     if has_file and isinstance(path, io.TextIOBase):
         raise ArgumentError(f"path is a {type(path).__name__}: open it in binary mode")
@@ -178,6 +184,33 @@ def parse_max_grouped_size(value: object) -> int:
         f"max_grouped_size is {value!r}: it is a positive int of bytes, or a positive "
         f"whole number with K, M or G (1024-based) behind it, such as '512M'"
     )
+
+
+def parse_timeout(value: object) -> float | None:
+    """Return how many seconds ranks wait for one another, or None for ever.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no positive number, nor None.
+    """
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 < value < math.inf:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise ArgumentError(
+        f"timeout is {value!r}: it is a positive number of seconds, or None to wait "
+        f"for ever"
+    )
+
+
+def deadline(value: object) -> float | None:
+    """Return the same; for what is not legal the default, until it is refused."""
+    try:
+        return parse_timeout(value)
+    except ArgumentError:
+        return DEFAULT_TIMEOUT_S
 
 
 def check_alike(every: Sequence[Arguments]) -> None:

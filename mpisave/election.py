@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import BinaryIO
 
-    from mpisave.collective import Comm
+    from mpisave.comms import Comm
     from mpisave.storage import Target
 
 

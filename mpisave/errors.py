@@ -8,6 +8,7 @@
         │   └── UnknownArgumentError (TypeError)
         ├── StateDictError (ValueError)     the caller's: what the state dict holds
         ├── LaunchError                     the launcher's: ranks that are alone
+        ├── CollectiveTimeout (TimeoutError)  a rank did not come, or left: the job's
         ├── StorageError (OSError)          the file system's
         └── FileFormatError (ValueError)    the file's: torn, altered, foreign
 """
@@ -84,6 +85,13 @@ class StateDictError(CollectiveError, ValueError):
 
 class LaunchError(CollectiveError):
     """The launcher started several processes, but MPI knows of one: the job's fault."""
+
+
+class CollectiveTimeout(CollectiveError, TimeoutError):  # noqa: N818
+    """Some ranks did not arrive at a step in time: dead, stopped, or elsewhere.
+
+    Raised on every rank that waited. `failures` has those that did not arrive.
+    """
 
 
 class StorageError(CollectiveError, OSError):

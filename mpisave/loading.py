@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpisave.collective import (
-    Comm,
-    SoloComm,
-    alike,
-    exchange,
-    on_all_ranks,
-    private_comm,
-)
+from mpisave.arguments import deadline, parse_timeout
+from mpisave.collective import alike, exchange, on_all_ranks
+from mpisave.comms import SoloComm, private_comm
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -41,6 +36,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from mpisave.comms import Comm
     from mpisave.errors import Key
     from mpisave.tree import Node
     from mpisave.wanted import Want
@@ -68,6 +64,7 @@ def load(
     unexpected: str = "error",
     per_rank: Callable[[int, int], int] | None = None,
     verify: bool = True,
+    timeout: float | None = 600.0,
 ) -> Any:
     """Load a file, or what this rank wants of it. Collective over `comm`.
 
@@ -106,6 +103,8 @@ def load(
     verify : bool
         Whether to check the CRC-32C of every block that is read; blocks of which only a
         part is wanted are then read whole.
+    timeout : float or None
+        How many seconds a rank waits for the others in one step. None: for ever.
 
     Returns
     -------
@@ -128,8 +127,9 @@ def load(
     OSError
         If the file system refuses.
     """
-    options = _Options(into, missing, unexpected, mmap, verify, keys, per_rank)
-    with private_comm(SoloComm() if comm is None else communicator(comm)) as own:
+    options = _Options(into, missing, unexpected, mmap, verify, keys, per_rank, timeout)
+    meant = SoloComm() if comm is None else communicator(comm)
+    with private_comm(meant, "load", deadline(timeout)) as own:
         return _Load(own, path, options).run(like)
 
 
@@ -142,6 +142,7 @@ class _Options:
     verify: bool
     keys: Any
     per_rank: Any
+    timeout: Any
 
     def check(self) -> tuple[Any, ...]:
         """Refuse what is not legal; return what has to be the same on all ranks."""
@@ -158,6 +159,7 @@ class _Options:
                 raise ArgumentError(f"{name} is {value!r}: it is one of {values}")
         if self.per_rank is not None and not callable(self.per_rank):
             raise ArgumentError(f"per_rank is {self.per_rank!r}: it is called")
+        parse_timeout(self.timeout)
         if self.mmap and self.into == "inplace":
             raise ArgumentError("mmap=True maps arrays: they cannot be filled in place")
         return tuple((name, getattr(self, name)) for name in legal)

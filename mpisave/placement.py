@@ -1,4 +1,4 @@
-"""Where this process runs: the communicator that is meant, host, cores, the caller."""
+"""Where this process runs: communicator, launcher, host, cores, the caller."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from mpisave.collective import SoloComm, check_launch, is_under_mpi
-from mpisave.errors import ArgumentError
+from mpisave.comms import SoloComm
+from mpisave.errors import ArgumentError, LaunchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+
+# Set for each rank by PMIx, PMI, Flux, HPE's PALS, IBM's jsrun: MPI knows the rest.
+_RANK = ("PMIX_RANK", "PMI_RANK", "FLUX_TASK_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK")
+# Set by the launchers of Open MPI, of MPICH and Slurm's PMI, of MVAPICH.
+_WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def communicator(comm: Any) -> Any:
@@ -63,3 +69,51 @@ def warn_caller(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+def launched_tasks(environ: Mapping[str, str]) -> tuple[int, str]:
+    """Return how many processes a launcher started beside this one, and who says so.
+
+    An ``srun`` task has SLURM_PROCID and SLURM_NTASKS. So has the shell of a batch
+    script, in which a single process is no mistake: it has no SLURM_STEP_ID.
+    """
+    for name in _WORLD_SIZE:
+        if environ.get(name, "").isdigit():
+            return int(environ[name]), name
+    in_step = "SLURM_STEP_ID" in environ or (
+        "SLURM_PROCID" in environ and environ.get("ENVIRONMENT") != "BATCH"
+    )
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        if in_step and environ.get(name, "").isdigit():
+            return int(environ[name]), name
+    return 1, ""
+
+
+def is_under_mpi(environ: Mapping[str, str]) -> bool:
+    """Return whether this process is one of an MPI job, without starting MPI."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        return True
+    return launched_tasks(environ)[0] > 1 or any(n in environ for n in _RANK)
+
+
+def check_launch(world_size: int, environ: Mapping[str, str]) -> None:
+    """Refuse to save from processes that should be ranks of one job and are not.
+
+    Raises
+    ------
+    LaunchError
+        If a launcher started several processes, and MPI says that this one is alone:
+        each would write over the files of the others.
+    """
+    tasks, source = launched_tasks(environ)
+    if world_size == 1 and tasks > 1:
+        raise LaunchError(
+            f"the launcher started {tasks} processes ({source}={tasks}), but MPI says "
+            f"that this one is alone (size 1): {tasks} processes would write over one "
+            f"another. Under Slurm, give srun the --mpi that fits the MPI library: "
+            f"--mpi=pmi2 for MPICH, --mpi=pmix for Open MPI ('srun --mpi=list' shows "
+            f"what there is); with mpirun, take the one that belongs to mpi4py's MPI "
+            f"library; without mpi4py, install it. If each process is meant to save "
+            f"alone, pass comm=MPI.COMM_SELF."
+        )

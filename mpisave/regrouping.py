@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpisave.collective import Comm
+    from mpisave.comms import Comm
     from mpisave.errors import Key
     from mpisave.formats.index import Stored
     from mpisave.storage import Source

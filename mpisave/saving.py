@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arguments import Arguments, check_alike, parse
-from mpisave.collective import (
-    Comm,
-    alike,
-    exchange,
-    on_all_ranks,
-    private_comm,
-    through_coordinator,
-)
+from mpisave.arguments import Arguments, check_alike, deadline, parse
+from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
+from mpisave.comms import private_comm
 from mpisave.election import create_for_all, create_for_roots
 from mpisave.errors import show_key
 from mpisave.formats import index
@@ -44,6 +38,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mpisave.arrays import HeldArray
+    from mpisave.comms import Comm
     from mpisave.formats.base import Format
     from mpisave.merging import Merged
     from mpisave.storage import Target
@@ -68,6 +63,7 @@ def save(
     max_grouped_size: int | str = "3G",
     replicas: str = "first",
     durable: bool = True,
+    timeout: float | None = 600.0,
     comm: MPI.Intracomm | None = None,
     **unknown: object,
 ) -> SaveReport:
@@ -108,6 +104,8 @@ def save(
     durable : bool
         Whether to return only when the file outlives a crash of the machine (fsync).
         Without, a crash soon after may lose the new file and the one before it.
+    timeout : float or None
+        How many seconds a rank waits for the others in one step. None: for ever.
     comm : mpi4py.MPI.Intracomm, optional
         Default: COMM_WORLD in an MPI job, else this process alone.
     **unknown : object
@@ -136,9 +134,10 @@ def save(
         "max_grouped_size": max_grouped_size,
         "replicas": replicas,
         "durable": durable,
+        "timeout": timeout,
         **unknown,
     }
-    with private_comm(communicator(comm)) as own:
+    with private_comm(communicator(comm), "save", deadline(timeout)) as own:
         call = _Call(own, path, given, clock)
         with clock.step("describe"):
             call.describe(state_dict)

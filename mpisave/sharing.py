@@ -112,7 +112,8 @@ def _pass_on(comm: Any, window: Any, edges: Any) -> None:
     from mpi4py import MPI
 
     counts, displs = np.diff(edges).tolist(), edges[:-1].tolist()
-    comm.raw.Allgatherv(MPI.IN_PLACE, [window, counts, displs, MPI.BYTE])
+    received = [window, counts, displs, MPI.BYTE]
+    comm.wait(comm.raw.Iallgatherv(MPI.IN_PLACE, received))
 
 
 def _copy(ordered: Sequence[Want], first: int, data: Any) -> None:

@@ -40,10 +40,11 @@ def alltoallv(
     """
     from mpi4py import MPI
 
-    comm.raw.Alltoallv(
+    request = comm.raw.Ialltoallv(
         [packed, sent.tolist(), displacements(sent).tolist(), MPI.BYTE],
         [received, got.tolist(), displacements(got).tolist(), MPI.BYTE],
     )
+    comm.wait(request)
 
 
 class Exchange:

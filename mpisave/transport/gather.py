@@ -186,7 +186,8 @@ class _Sender:
     def _gatherv(self, data: Bytes) -> None:
         from mpi4py import MPI
 
-        self._comm.raw.Gatherv([data, data.size, MPI.BYTE], None, root=self._root)
+        sent = [data, data.size, MPI.BYTE]
+        self._comm.wait(self._comm.raw.Igatherv(sent, None, root=self._root))
 
 
 class _Root:
@@ -260,7 +261,8 @@ class _Root:
         # The root's own part is in place, and empty: it is written from its arrays.
         # An MPI without CUDA would otherwise copy device memory with memcpy.
         received = [buffer, counts.tolist(), displs.tolist(), MPI.BYTE]
-        self._comm.raw.Gatherv(MPI.IN_PLACE, received, root=self._root)
+        request = self._comm.raw.Igatherv(MPI.IN_PLACE, received, root=self._root)
+        self._comm.wait(request)
 
     def _write(
         self,

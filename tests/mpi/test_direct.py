@@ -38,7 +38,7 @@ from mpisave import (
     Shard,
     Shards,
     arrays,
-    collective,
+    comms,
     parts,
     replicas,
     saving,
@@ -340,14 +340,14 @@ class TestGroups:
         self, comm, shared_dir, monkeypatch
     ):
         sent = [0]
-        dump = collective.PrivateComm._dump
+        dump = comms.PrivateComm._dump
 
         def counted(own, obj):
             data = dump(own, obj)
             sent[0] += len(data)
             return data
 
-        monkeypatch.setattr(collective.PrivateComm, "_dump", counted)
+        monkeypatch.setattr(comms.PrivateComm, "_dump", counted)
         state = {f"{comm.rank}.{i}": np.zeros(i) for i in range(100)}
 
         report = save(comm, shared_dir / f"{comm.rank // 2}", state)
@@ -379,7 +379,7 @@ class TestMemory:
         monkeypatch.setattr(
             saving,
             "Exchange",
-            lambda own, *rest: make(Watched(own, Alltoallv=on_alltoallv), *rest),
+            lambda own, *rest: make(Watched(own, Ialltoallv=on_alltoallv), *rest),
         )
         x = numbers(shape, "f4")
         mine = grid(shape, (1, comm.size))[comm.rank]

@@ -26,9 +26,9 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def Gatherv(self, send, received, root):
+    def Igatherv(self, send, received, root):
         self.on_gatherv(send, received)
-        self.inner.Gatherv(send, received, root=root)
+        return self.inner.Igatherv(send, received, root=root)
 
 
 def watch(monkeypatch, on_gatherv):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mpisave
 from mpisave import PerRank, Shard, Shards, arrays, saving
-from mpisave.collective import SoloComm
+from mpisave.comms import SoloComm
 from mpisave.errors import StateDictError
 
 PROPERTY = settings(

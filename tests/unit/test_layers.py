@@ -11,9 +11,9 @@ PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
     ("errors",),
-    ("arrays", "collective", "storage", "checksum"),
-    # Which communicator is meant: it asks `collective` how the job was started.
-    ("placement",),
+    ("arrays", "deadlines", "storage", "checksum"),
+    ("comms",),
+    ("collective", "placement"),
     ("shards", "tree"),
     ("metadata", "state_types"),
     ("merging",),
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "cupy": {"arrays"},
     "h5py": {"formats.hdf5", "bench"},
     "mpi4py": {
-        *("collective", "placement", "transport", "sharing", "regrouping", "bench")
+        *("deadlines", "comms", "placement", "transport"),
+        *("sharing", "regrouping", "bench"),
     },
     "ml_dtypes": {"arrays"},
     "crc32c": {"checksum"},

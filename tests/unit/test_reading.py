@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import mpisave
 from mpisave import Shard, Shards, reading
-from mpisave.collective import SoloComm
+from mpisave.comms import SoloComm
 from mpisave.errors import ArgumentError, FileFormatError
 from mpisave.formats import index
 from mpisave.loading import _find
