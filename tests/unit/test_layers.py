@@ -11,7 +11,8 @@ PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
     ("errors",),
-    ("arrays", "collective", "storage", "checksum"),
+    ("arrays", "collective", "checksum", "fileobject", "room", "staging"),
+    ("storage",),
     # Which communicator is meant: it asks `collective` how the job was started.
     ("placement",),
     ("shards", "tree"),

@@ -104,6 +104,7 @@ def test_arguments_of_save_are_frozen():
         ("max_grouped_size", "3G"),
         ("replicas", "first"),
         ("durable", True),
+        ("overwrite", True),
         ("comm", None),
     ]
 
