@@ -31,6 +31,10 @@ _SHOWN_NBYTES = 57
 
 _TRIES = 10
 
+# Machine of a file that could not be locked, for want of locks on the server, say: that
+# it can be locked later on says nothing.
+_NOWHERE = "0" * 16
+
 # What link(2) answers where there are no hard links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -43,14 +47,18 @@ def create(final: Path, mode: int) -> tuple[Path, int]:
     OSError
         If the directory does not take it.
     """
+    machine = _machine()
     for _ in range(_TRIES):
-        path = final.with_name(f"{_head(final.name)}{_machine()}.{_token()}{SUFFIX}")
+        path = final.with_name(f"{_head(final.name)}{machine}.{_token()}{SUFFIX}")
         # Not for reading: NFS would then fetch the pages that it changes.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(path, flags, mode)
         try:
+            is_held = _lock(descriptor)
+            if is_held is None and machine != _NOWHERE:
+                machine = _NOWHERE
             # Before it was locked, another job may have taken it for dead.
-            if _lock(descriptor) is not False and path.exists():
+            elif is_held is not False and path.exists():
                 return path, descriptor
         except BaseException:
             os.close(descriptor)

@@ -148,6 +148,23 @@ class TestStale:
         assert found.exists() is not is_removed
         assert (tmp_path / "x").exists()
 
+    def test_file_that_could_not_be_locked_is_not_taken_for_dead(
+        self, tmp_path, monkeypatch
+    ):
+        def no_locks_left(*args):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.fcntl, "flock", no_locks_left)
+            staged = StagedFile(str(tmp_path / "x"))
+        assert files_in(tmp_path) == [staged.staging_name]
+
+        mpisave.save(STATE, tmp_path / "x")
+
+        assert (tmp_path / staged.staging_name).exists()
+        staged.discard()
+        assert files_in(tmp_path) == ["x"]
+
     def test_files_for_other_names_stay(self, tmp_path):
         others = ["y", "x2", ".x", "x.params", "a" * 200, "a" * 201]
         kept = {left_behind(tmp_path / name, age=30 * DAY).name for name in others}
