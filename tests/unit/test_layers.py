@@ -12,9 +12,8 @@ PACKAGE = Path(mpisave.__file__).parent
 ROWS = (
     ("errors",),
     ("arrays", "collective", "checksum", "fileobject", "room", "staging"),
-    ("storage",),
     # Which communicator is meant: it asks `collective` how the job was started.
-    ("placement",),
+    ("storage", "placement"),
     ("shards", "tree"),
     ("metadata", "state_types"),
     ("merging",),
