@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpisave.errors import (
     ArgumentError,
     CollectiveError,
+    CollectiveTimeout,
     FileFormatError,
     LaunchError,
     MpisaveError,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CollectiveError",
+    "CollectiveTimeout",
     "FileFormatError",
     "LaunchError",
     "MpisaveError",

@@ -28,6 +28,7 @@ _NAMES = (
     "max_grouped_size",
     "replicas",
     "durable",
+    "overwrite",
     "timeout",
     "comm",
 )
@@ -48,6 +49,7 @@ class Arguments:
     max_nbytes: int
     replicas: str
     durable: bool
+    overwrite: bool
     path: str | None  # as given, {rank} not filled in; None for a file object
     has_file: bool  # the path is a file object
 
@@ -104,6 +106,9 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     durable = given["durable"]
     if not isinstance(durable, bool):
         raise ArgumentError(f"durable is {durable!r}: it is True or False")
+    overwrite = given["overwrite"]
+    if not isinstance(overwrite, bool):
+        raise ArgumentError(f"overwrite is {overwrite!r}: it is True or False")
     parse_timeout(given["timeout"])
     has_file = all(hasattr(path, n) for n in ("write", "seek", "tell", "truncate"))
     if has_file and isinstance(path, io.TextIOBase):
@@ -129,6 +134,7 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
         parse_max_grouped_size(given["max_grouped_size"]),
         str.__str__(replicas),
         durable,
+        overwrite,
         text,
         has_file,
     )
@@ -229,6 +235,7 @@ def check_alike(every: Sequence[Arguments]) -> None:
         "max_grouped_size": "max_nbytes",
         "replicas": "replicas",
         "durable": "durable",
+        "overwrite": "overwrite",
     }
     for name, attribute in compared.items():
         values = [getattr(arguments, attribute) for arguments in every]

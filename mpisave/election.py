@@ -8,8 +8,9 @@ import socket
 from typing import TYPE_CHECKING
 
 from mpisave.collective import exchange, on_all_ranks
-from mpisave.errors import StorageError
-from mpisave.storage import FileObject, StagedFile, sees_staging_file
+from mpisave.errors import StorageError, numbered
+from mpisave.fileobject import FileObject
+from mpisave.storage import StagedFile, sees_staging_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ def create_for_roots(
     place: str | BinaryIO,
     *,
     must_begin: bool,
+    overwrite: bool,
 ) -> tuple[Target | None, tuple[int, ...]]:
     """Create one staging file for all roots that see the same directory. Collective.
 
@@ -41,6 +43,8 @@ def create_for_roots(
         Of this rank.
     must_begin : bool
         Whether a file object has to stand at its start.
+    overwrite : bool
+        Whether a file of that name may be replaced.
 
     Returns
     -------
@@ -54,7 +58,7 @@ def create_for_roots(
     def create() -> str | None:
         if own.rank not in roots:
             return None
-        made.append(_create(place, must_begin=must_begin))
+        made.append(_create(place, must_begin=must_begin, overwrite=overwrite))
         return _name_of(made[0])
 
     try:
@@ -88,9 +92,9 @@ def create_for_roots(
     return (made[0] if made else None), tuple(sorted(writers))
 
 
-def _create(place: str | BinaryIO, *, must_begin: bool) -> Target:
+def _create(place: str | BinaryIO, *, must_begin: bool, overwrite: bool) -> Target:
     if isinstance(place, str):
-        return StagedFile(place)
+        return StagedFile(place, overwrite=overwrite)
     target = FileObject(place)
     target.check(must_begin=must_begin)
     return target
@@ -113,6 +117,7 @@ def create_for_all(
     place: str | BinaryIO,
     *,
     must_begin: bool,
+    overwrite: bool,
 ) -> Target:
     """Have one rank of each group create a file, and the others open it. Collective.
 
@@ -122,7 +127,7 @@ def create_for_all(
         Of all ranks.
     sealers : sequence of int
         For each rank, who creates its file.
-    place, must_begin
+    place, must_begin, overwrite
         As for `create_for_roots`.
 
     Raises
@@ -136,7 +141,7 @@ def create_for_all(
     def create() -> tuple[str, str, str] | None:
         if own.rank != sealer:
             return None
-        made.append(_create(place, must_begin=must_begin))
+        made.append(_create(place, must_begin=must_begin, overwrite=overwrite))
         name = _name_of(made[0])
         if name is None or not isinstance(place, str):
             return None
@@ -154,13 +159,12 @@ def create_for_all(
         try:
             made.append(StagedFile.join(place, name))
         except OSError as exc:
-            error = StorageError(
+            text = (
                 f"cannot open the file that rank {sealer} on {host} has created beside "
                 f"{place}: {exc}. If this is not the same file system on all nodes, "
                 f"gather to one rank with gather_to=0, or put {{rank}} into the path."
             )
-            error.errno = exc.errno
-            raise error from exc
+            raise numbered(text, exc.errno) from exc
 
     try:
         names = exchange(own, "create the staging file", create)

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -128,6 +129,25 @@ def naming(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and isinstance(exc, OSError):
             error.errno = exc.errno
         raise error from exc
+
+
+@contextlib.contextmanager
+def naming_path(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in an OSError what was tried, and with which path."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as exc:
+        # The text has the number, since an exception crosses ranks as text.
+        raise numbered(f"cannot {what} {os.fspath(path)}: {exc}", exc.errno) from exc
+
+
+def numbered(message: str, number: int | None) -> StorageError:
+    """Return an error of the file system with the number that the system gave."""
+    error = StorageError(message)
+    error.errno = number
+    return error
 
 
 def show_key(key: Key) -> str:

@@ -63,6 +63,7 @@ def save(
     max_grouped_size: int | str = "3G",
     replicas: str = "first",
     durable: bool = True,
+    overwrite: bool = True,
     timeout: float | None = 600.0,
     comm: MPI.Intracomm | None = None,
     **unknown: object,
@@ -104,6 +105,9 @@ def save(
     durable : bool
         Whether to return only when the file outlives a crash of the machine (fsync).
         Without, a crash soon after may lose the new file and the one before it.
+    overwrite : bool
+        Whether a file that is at `path` is replaced. False refuses it, before a byte
+        moves and again when the new file gets its name. Of no effect on file objects.
     timeout : float or None
         How many seconds a rank waits for the others in one step. None: for ever.
     comm : mpi4py.MPI.Intracomm, optional
@@ -134,6 +138,7 @@ def save(
         "max_grouped_size": max_grouped_size,
         "replicas": replicas,
         "durable": durable,
+        "overwrite": overwrite,
         "timeout": timeout,
         **unknown,
     }
@@ -313,15 +318,21 @@ class _Call:
 
     def stage(self) -> None:
         """Have one rank for each file lay it out and reserve its bytes."""
-        must_begin = self.args.use_binary_format
+        how = {
+            "must_begin": self.args.use_binary_format,
+            "overwrite": self.args.overwrite,
+        }
         if self.roots is None:
-            self.target = create_for_all(
-                self.own, self.sealers, self.place, must_begin=must_begin
-            )
+            self.target = create_for_all(self.own, self.sealers, self.place, **how)
         else:
             self.target, self.writers = create_for_roots(
-                self.own, self.roots, self.paths, self.place, must_begin=must_begin
+                self.own, self.roots, self.paths, self.place, **how
             )
+        self.is_woven = bool(self.part.files[0].woven)
+        if self.roots is None and self.comm is not self.own:  # not all have one file
+            self.is_woven = any(exchange(self.own, "exchange", lambda: self.is_woven))
+        if self.roots is not None or self.is_woven:
+            on_all_ranks(self.own, "allocate buffers", self._allocate)
         on_all_ranks(self.own, "lay out the file", self._lay_out)
 
     def _sent_nbytes(self) -> int:
@@ -335,6 +346,9 @@ class _Call:
     def _lay_out(self) -> None:
         whole = self.part.whole
         if not self._seals or self.target is None or whole is None:
+            stream = self.part.files[0].stream
+            if self.target is not None and len(stream.offsets):
+                self.target.check_limit(stream.offsets[-1] + stream.nbytes[-1])
             return
         self.target.allocate(whole.layout.nbytes)
         fill = self.roots is not None or self.comm.size == 1
@@ -343,9 +357,7 @@ class _Call:
 
     def move(self) -> None:
         """Bring all payload to the files."""
-        is_woven = bool(self.part.files[0].woven)
-        if self.roots is None and self.comm is not self.own:  # not all have one file
-            is_woven = any(exchange(self.own, "exchange", lambda: is_woven))
+        is_woven = self.is_woven
         # A rank that is alone flushes when it seals.
         flushes = self.roots is None and self.args.durable and self.comm.size > 1
         if self.roots is None:
@@ -357,13 +369,16 @@ class _Call:
 
             on_all_ranks(self.own, "write", write)
         else:
-            on_all_ranks(self.own, "allocate buffers", self._allocate_gather)
             on_all_ranks(self.own, "gather and write", self._gather)
-        if not is_woven:
-            return
-        for number, sealer in enumerate(self.roots or (0,)):
-            if sealer in self.writers:
+        if is_woven:
+            for number, sealer in self._files:
                 self._exchange(number, sealer, flushes=flushes)
+
+    @property
+    def _files(self) -> list[tuple[int, int]]:
+        """Files that this rank has a part in: which of the plan, and who seals it."""
+        every = enumerate(self.roots or (0,))
+        return [(number, rank) for number, rank in every if rank in self.writers]
 
     def _write_own(self) -> None:
         part = self.part.files[0]
@@ -379,6 +394,14 @@ class _Call:
             threads=self.threads if isinstance(self.place, str) else 1,
         )
         direct.move(self.moved, self.comm.rank)
+
+    def _allocate(self) -> None:
+        """Find out whether there is memory, before a byte is written."""
+        if self.is_woven:
+            for number, sealer in self._files:
+                self._new_exchange(number, sealer)  # anew when the others are free
+        if self.roots is not None:
+            self._allocate_gather()
 
     def _allocate_gather(self) -> None:
         routes = []
@@ -397,24 +420,24 @@ class _Call:
             self.gather.move(self.moved)
             self.gather = None  # and its buffers
 
-    def _exchange(self, number: int, sealer: int, *, flushes: bool) -> None:
-        """Put together what lies in short runs."""
+    def _new_exchange(self, number: int, sealer: int) -> Exchange:
         part = self.part.files[number]
         root = sealer if self.roots is not None else None
-        found = chunks(part.woven, self.limits.chunk_nbytes, writer=root)
+        return Exchange(
+            self.comm,
+            part.woven,
+            chunks(part.woven, self.limits.chunk_nbytes, writer=root),
+            part.offsets,
+            self.held,
+            self.target if root in (None, self.comm.rank) else None,
+            self.limits,
+        )
 
-        def allocate() -> Exchange:
-            return Exchange(
-                self.comm,
-                part.woven,
-                found,
-                part.offsets,
-                self.held,
-                self.target if root in (None, self.comm.rank) else None,
-                self.limits,
-            )
-
-        transport = on_all_ranks(self.own, "allocate buffers", allocate)
+    def _exchange(self, number: int, sealer: int, *, flushes: bool) -> None:
+        """Put together what lies in short runs."""
+        transport = on_all_ranks(
+            self.own, "allocate buffers", lambda: self._new_exchange(number, sealer)
+        )
 
         def move() -> None:
             transport.move(self.moved)
@@ -462,9 +485,8 @@ class _Call:
                 facts=self._facts(),
             )
             self.target.write(whole.layout.nbytes, memoryview(data))
-            # What a file object had behind is cut off in any case.
-            if self.args.durable or not isinstance(self.place, str):
-                self.target.sync()
+            nbytes = whole.layout.nbytes + len(data)
+            self.target.complete(nbytes, durable=self.args.durable)
 
         on_all_ranks(self.own, "seal", write)
 

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import secrets
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from mpisave.errors import StorageError
+from mpisave import room, staging
+from mpisave.errors import StorageError, naming_path, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-STAGING_SUFFIX = ".mpisave-staging"
-
-# What a file system answers that cannot reserve space.
-_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Target(Protocol):
@@ -42,12 +37,20 @@ class Target(Protocol):
         """Make room, so that a full disk shows before a byte moves."""
         ...
 
+    def check_limit(self, stop: int) -> None:
+        """Refuse to write up to `stop` where that is bound to fail."""
+        ...
+
     def write(self, offset: int, data: memoryview) -> None:
         """Put bytes at an offset."""
         ...
 
     def sync(self) -> None:
         """Return once what was written is durable."""
+        ...
+
+    def complete(self, nbytes: int, *, durable: bool) -> None:
+        """Return once all of the file is there, `nbytes` long, and closed."""
         ...
 
     def publish(self, *, durable: bool = True) -> None:
@@ -63,20 +66,6 @@ class Target(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def _naming(what: str, path: str | Path) -> Iterator[None]:
-    """Say in an OSError what was tried, and with which path."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        # The text has the number, since an exception crosses ranks as text.
-        error = StorageError(f"cannot {what} {os.fspath(path)}: {exc}")
-        error.errno = exc.errno
-        raise error from exc
-
-
 class StagedFile:
     """A file that is written beside its final name and then renamed to it.
 
@@ -84,43 +73,74 @@ class StagedFile:
     ----------
     path : str
         The final name. A symbolic link stays one: what it points to is replaced.
+    overwrite : bool
+        Whether a file of that name may be replaced.
 
     Raises
     ------
     StorageError
-        If the directory does not exist or cannot be written, or `path` is no file.
+        If the directory does not exist or cannot be written, `path` is no file, or is
+        there and may not be replaced.
     """
 
-    def __init__(self, path: str) -> None:
-        final = Path(os.path.realpath(path)).name
-        self._place(path, f".{final[:40]}.{secrets.token_hex(8)}{STAGING_SUFFIX}")
-        if self._final.is_dir():
-            raise StorageError(f"cannot save to {path}: it is a directory")
-        if self._final.exists() and not self._final.is_file():
-            raise StorageError(
-                f"cannot save to {path}: it is a device, pipe or socket, which a file "
-                f"would replace"
-            )
-        if not self._final.parent.is_dir():
-            raise StorageError(
-                f"cannot save to {path}: there is no directory "
-                f"{self._final.parent}. Create it before saving."
-            )
-        with _naming("create the staging file for", path):
-            # Not for reading: NFS would then fetch the pages that it changes.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd = os.open(self._staging, flags, 0o666)
+    _staging: Path | None  # None: not created yet
 
-    def _place(self, path: str, staging_name: str) -> None:
+    def __init__(self, path: str, *, overwrite: bool = True) -> None:
+        self._place(path)
+        self._overwrite = overwrite
+        mode = self._check_final()
+        try:
+            with naming_path("create the staging file for", path):
+                parent = self._final.parent
+                # Now, so that a directory that cannot be opened is known before.
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                self._directory = os.open(parent, flags)
+                self._staging, self._fd = staging.create(self._final, mode)
+                # Holds the lock from the close of the other to the rename.
+                self._lock = os.dup(self._fd)
+        except BaseException:
+            self.discard()
+            raise
+        staging.remove_stale(self._final, self._staging)
+
+    def _place(self, path: str) -> None:
         self.name = path
         self._final = Path(os.path.realpath(path))
-        self._staging = self._final.with_name(staging_name)
+        self._staging = None
+        self._fd = self._lock = self._directory = -1
         self._published = False
         self.nbytes = 0
+
+    def _check_final(self) -> int:
+        """Refuse what no file can be renamed to; return the mode to create with."""
+        with naming_path("save to", self.name):
+            if not self._final.parent.is_dir():
+                raise StorageError(
+                    f"cannot save to {self.name}: there is no directory "
+                    f"{self._final.parent}. Create it before saving."
+                )
+            try:
+                # The name is looked up: one that is too long is refused here.
+                found = self._final.stat()
+            except FileNotFoundError:
+                return 0o666
+        if stat.S_ISDIR(found.st_mode):
+            raise StorageError(f"cannot save to {self.name}: it is a directory")
+        if not stat.S_ISREG(found.st_mode):
+            raise StorageError(
+                f"cannot save to {self.name}: it is a device, pipe or socket, which a "
+                f"file would replace"
+            )
+        if not self._overwrite:
+            raise _refused(self.name, "there is a file of that name")
+        # No more than the old file shows to others, but for this user's other ranks.
+        return found.st_mode & 0o666 | 0o600
 
     @classmethod
     def join(cls, path: str, staging_name: str) -> StagedFile:
         """Open the staging file that another rank created, to write to it as well.
+
+        The lock is the other's. It alone publishes: if it dies, the file is lost.
 
         Raises
         ------
@@ -128,7 +148,8 @@ class StagedFile:
             If it is not there for this rank, or cannot be written.
         """
         self = cls.__new__(cls)
-        self._place(path, staging_name)
+        self._place(path)
+        self._staging = self._final.with_name(staging_name)
         # The name was never looked up here: no attribute cache can answer for the
         # server.
         self._fd = os.open(self._staging, os.O_WRONLY | os.O_CLOEXEC)
@@ -137,7 +158,7 @@ class StagedFile:
     @property
     def staging_name(self) -> str:
         """Name of the staging file: another rank that finds it sees the directory."""
-        return self._staging.name
+        return self._staging.name if self._staging else ""
 
     def allocate(self, nbytes: int) -> None:
         """Reserve `nbytes` on the disk.
@@ -145,17 +166,22 @@ class StagedFile:
         Raises
         ------
         StorageError
-            If there is no room for them.
+            If there is no room for them, or this process may not write so many.
         """
-        with _naming(f"reserve {nbytes} bytes for", self.name):
-            if nbytes == 0:
-                return
-            try:
-                os.posix_fallocate(self._fd, 0, nbytes)
-            except OSError as exc:
-                if exc.errno not in _NOT_SUPPORTED:
-                    raise
-                os.ftruncate(self._fd, nbytes)
+        if nbytes:
+            with self._explaining(f"reserve {nbytes} bytes for {self.name}"):
+                room.reserve(self._fd, nbytes)
+
+    def check_limit(self, stop: int) -> None:
+        """Refuse to write up to `stop` if this process may not: limits differ by rank.
+
+        Raises
+        ------
+        StorageError
+            If a write would fail.
+        """
+        with self._explaining(f"write {self.name} up to byte {stop}"):
+            room.check_limit(stop)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`.
@@ -170,133 +196,107 @@ class StagedFile:
             try:
                 done = os.pwrite(self._fd, data, offset)
             except OSError as exc:
-                error = StorageError(
-                    f"cannot write {data.nbytes} bytes at offset {offset} of "
-                    f"{self.name}: {exc}"
-                )
-                error.errno = exc.errno
-                raise error from exc
+                what = f"write {data.nbytes} bytes at offset {offset} of {self.name}"
+                raise self._explained(what, exc) from exc
             data = data[done:]
             offset += done
             self.nbytes = max(self.nbytes, offset)
 
+    @contextlib.contextmanager
+    def _explaining(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise self._explained(what, exc) from exc
+
+    def _explained(self, what: str, exc: OSError) -> StorageError:
+        text = f"cannot {what}: {exc}{room.explain(exc, self._fd)}"
+        return numbered(text, exc.errno)
+
     def sync(self) -> None:
         """Flush to the disk. After a failure the file is lost: never tried again."""
-        with _naming("flush", self.name):
+        with naming_path("flush", self.name):
             os.fsync(self._fd)
 
+    def complete(self, nbytes: int, *, durable: bool) -> None:
+        """Make sure that all of the file is there, `nbytes` long. It is then closed.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be flushed or closed, or has another size.
+        """
+        staging.keep_mode(self._fd, self._final)
+        if durable:
+            self.sync()
+        with naming_path("complete", self.name):
+            found = os.fstat(self._fd).st_size
+        if found != nbytes:
+            raise StorageError(
+                f"cannot complete {self.name}: the staging file has {found} bytes, and "
+                f"{nbytes} were written. Another program has changed it, or the file "
+                f"system has lost some. Save again."
+            )
+        self.close()
+
     def publish(self, *, durable: bool = True) -> None:
-        """Rename to the final name, and make the rename durable."""
-        with _naming("publish", self.name):
-            self.close()
-            self._staging.replace(self._final)
-            self._published = True
-            if not durable:
-                return
-            directory = os.open(self._final.parent, os.O_RDONLY | os.O_DIRECTORY)
+        """Rename to the final name, and make the rename durable.
+
+        Raises
+        ------
+        StorageError
+            If it cannot be renamed; or if it was, but that cannot be flushed.
+        """
+        try:
+            self._rename()
+            if durable:
+                with naming_path("flush the directory of", self.name):
+                    staging.flush_directory(self._directory)
+        finally:
+            self._release()
+
+    def _rename(self) -> None:
+        if self._staging is None:
+            return
+        with naming_path("publish", self.name):
             try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+                if self._overwrite:
+                    self._staging.replace(self._final)
+                else:
+                    staging.rename_to_new(self._staging, self._final)
+            except FileExistsError as exc:
+                what = "a file of that name was made in the meantime"
+                raise _refused(self.name, what) from exc
+            self._published = True
 
     def discard(self) -> None:
         """Remove the staging file, if it was not published."""
         with contextlib.suppress(OSError):
             self.close()
-        if not self._published:
+        if not self._published and self._staging is not None:
             with contextlib.suppress(OSError):
                 self._staging.unlink()
+        self._release()
+
+    def _release(self) -> None:
+        """Give up the lock, and the directory."""
+        for descriptor in (self._lock, self._directory):
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._lock = self._directory = -1
 
     def close(self) -> None:
-        """Close the file, where this rank does not publish it."""
+        """Close the file. On some systems, it is flushed now and may fail."""
         if self._fd >= 0:
             descriptor, self._fd = self._fd, -1
-            with _naming("close", self.name):
+            with naming_path("close", self.name):
                 os.close(descriptor)
 
 
-class FileObject:
-    """A seekable binary file object of the caller's, written from where it stands.
-
-    There is no name to publish: when a save fails, the object is cut back to where it
-    was, and what lay behind that place is lost.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.name = f"<{type(file).__name__}>"
-        if _appends(file):
-            raise StorageError(
-                f"cannot save to {self.name}: it is open for appending, and the system "
-                f"then ignores offsets. Open it with mode 'wb'."
-            )
-        self._file = file
-        self._start = file.tell()
-        self._stop = self._start
-        self._is_changed = False
-
-    def check(self, *, must_begin: bool) -> None:
-        """Refuse an object that stands where a file of the format cannot begin.
-
-        Raises
-        ------
-        StorageError
-            If the format begins at the start of a file only, and the object does not
-            stand there.
-        """
-        if must_begin and self._start:
-            raise StorageError(
-                f"cannot save HDF5 to {self.name} from byte {self._start} on: an HDF5 "
-                f"file begins at byte 0. Call seek(0) before saving."
-            )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from where the object stood to the end of what was written."""
-        return self._stop - self._start
-
-    def allocate(self, nbytes: int) -> None:
-        """Do nothing: a file object cannot reserve."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset` from where the object stood."""
-        with _naming("write to", self.name):
-            self._is_changed = True
-            self._file.seek(self._start + offset)
-            while data.nbytes:
-                done = self._file.write(data)
-                if not done:  # None: of a class that forgot to return
-                    raise OSError(f"write of {data.nbytes} bytes returned {done!r}")
-                data = data[done:]
-            self._stop = max(self._stop, self._file.tell())
-
-    def sync(self) -> None:
-        """Flush, and stand at the end of what was written."""
-        with _naming("flush", self.name):
-            self._file.seek(self._stop)
-            self._file.truncate()
-            self._file.flush()
-
-    def publish(self, *, durable: bool = True) -> None:
-        """Do nothing: what was written is there already."""
-
-    def close(self) -> None:
-        """Do nothing: the object is the caller's."""
-
-    def discard(self) -> None:
-        """Cut the object back to where it stood."""
-        # Whatever a class of the caller's raises: the save has failed for a reason.
-        with contextlib.suppress(Exception):
-            if self._is_changed:
-                self._file.seek(self._start)
-                self._file.truncate()
-
-
-def _appends(file: BinaryIO) -> bool:
-    """Return whether the system puts whatever is written at the end of the file."""
-    try:
-        return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_APPEND)
-    except (OSError, AttributeError):  # no file of the system
-        return "a" in str(getattr(file, "mode", ""))
+def _refused(name: str, why: str) -> StorageError:
+    text = f"cannot save to {name}: {why}, and overwrite=False"
+    return numbered(text, errno.EEXIST)
 
 
 def sees_staging_file(path: str, staging_name: str) -> bool:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from mpisave.arguments import (
+    DEFAULT_TIMEOUT_S,
     check_alike,
+    deadline,
     parse,
     parse_gather_to,
     parse_max_grouped_size,
+    parse_timeout,
 )
 from mpisave.errors import ArgumentError, UnknownArgumentError
 
@@ -22,6 +25,8 @@ DEFAULTS = {
     "max_grouped_size": "3G",
     "replicas": "first",
     "durable": True,
+    "overwrite": True,
+    "timeout": 600.0,
     "comm": None,
 }
 
@@ -150,17 +155,33 @@ def test_other_replicas_are_refused(replicas):
     assert f"replicas is {replicas!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_durable_is_a_bool(durable):
-    assert parsed(durable=durable).durable is durable
+@pytest.mark.parametrize("name", ["durable", "overwrite"])
+@pytest.mark.parametrize("value", [True, False])
+def test_flag_is_a_bool(name, value):
+    assert getattr(parsed(**{name: value}), name) is value
 
 
-@pytest.mark.parametrize("durable", [0, 1, None, "yes", np.True_])
-def test_other_durable_is_refused(durable):
+@pytest.mark.parametrize("name", ["durable", "overwrite"])
+@pytest.mark.parametrize("value", [0, 1, None, "yes", np.True_])
+def test_other_flag_is_refused(name, value):
     with pytest.raises(ArgumentError, match="it is True or False") as caught:
-        parsed(durable=durable)
+        parsed(**{name: value})
 
-    assert f"durable is {durable!r}" in str(caught.value)
+    assert f"{name} is {value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "seconds"), [(3, 3.0), (0.5, 0.5), (None, None)])
+def test_timeout_is_in_seconds(value, seconds):
+    assert parse_timeout(value) == seconds
+    assert deadline(value) == seconds
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "60", float("nan"), float("inf")])
+def test_other_timeout_is_refused_and_until_then_the_default_holds(value):
+    with pytest.raises(ArgumentError, match="it is a positive number of seconds"):
+        parsed(timeout=value)
+
+    assert deadline(value) == DEFAULT_TIMEOUT_S
 
 
 class Text(str):
@@ -187,6 +208,7 @@ def test_text_of_a_subclass_travels_as_plain_str():
         ("protocal", "protocol"),
         ("replica", "replicas"),
         ("durability", "durable"),
+        ("overwrites", "overwrite"),
         ("com", "comm"),
     ],
 )
@@ -274,6 +296,7 @@ def test_ranks_that_agree_pass():
         ("max_grouped_size", "1K", 5, "1024 bytes on rank 0, 5 bytes on rank 2"),
         ("replicas", "first", "share", "'first' on rank 0, 'share' on rank 2"),
         ("durable", True, False, "True on rank 0, False on rank 2"),
+        ("overwrite", False, True, "False on rank 0, True on rank 2"),
     ],
 )
 def test_argument_that_differs_between_ranks_is_refused(name, first, second, words):

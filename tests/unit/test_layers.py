@@ -11,8 +11,8 @@ PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
     ("errors",),
-    ("arrays", "deadlines", "storage", "checksum"),
-    ("comms",),
+    ("arrays", "checksum", "deadlines", "fileobject", "room", "staging"),
+    ("comms", "storage"),
     ("collective", "placement"),
     ("shards", "tree"),
     ("metadata", "state_types"),

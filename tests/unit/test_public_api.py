@@ -47,6 +47,7 @@ def test_public_names_are_frozen():
     assert mpisave.__all__ == [
         "ArgumentError",
         "CollectiveError",
+        "CollectiveTimeout",
         "FileFormatError",
         "LaunchError",
         "MpisaveError",
@@ -79,6 +80,7 @@ def test_error_classes_and_their_bases_are_frozen():
         "UnknownArgumentError": ("ArgumentError", "TypeError"),
         "StateDictError": ("CollectiveError", "ValueError"),
         "LaunchError": ("CollectiveError",),
+        "CollectiveTimeout": ("CollectiveError", "TimeoutError"),
         "StorageError": ("CollectiveError", "OSError"),
         "FileFormatError": ("CollectiveError", "ValueError"),
     }
@@ -104,6 +106,8 @@ def test_arguments_of_save_are_frozen():
         ("max_grouped_size", "3G"),
         ("replicas", "first"),
         ("durable", True),
+        ("overwrite", True),
+        ("timeout", 600.0),
         ("comm", None),
     ]
 
@@ -122,6 +126,7 @@ def test_arguments_of_load_are_frozen():
         ("unexpected", "error"),
         ("per_rank", None),
         ("verify", True),
+        ("timeout", 600.0),
     ]
 
 

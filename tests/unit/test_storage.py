@@ -10,13 +10,10 @@ import pytest
 from helpers import files_in
 
 import mpisave
+from mpisave import room
 from mpisave.errors import StorageError
-from mpisave.storage import (
-    FileObject,
-    Source,
-    StagedFile,
-    sees_staging_file,
-)
+from mpisave.fileobject import FileObject
+from mpisave.storage import Source, StagedFile, sees_staging_file
 
 STATE = {"w": np.arange(1000), "n": 5}
 OLD = b"the file that was there before"
@@ -31,7 +28,7 @@ def written(path, data=b"0123456789"):
     staged = StagedFile(str(path))
     staged.allocate(len(data))
     staged.write(0, memoryview(data))
-    staged.sync()
+    staged.complete(len(data), durable=True)
     staged.publish()
     return staged
 
@@ -41,7 +38,7 @@ def test_file_appears_only_when_it_is_published(tmp_path):
     staged = StagedFile(str(path))
     staged.write(3, memoryview(b"abc"))
     staged.write(0, memoryview(b"ABC"))
-    staged.sync()
+    staged.complete(6, durable=True)
     before = files_in(tmp_path)
 
     staged.publish()
@@ -109,7 +106,7 @@ def test_file_system_that_cannot_reserve_is_no_failure(tmp_path, monkeypatch, nu
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(room, "_fallocate", refuse)
 
     written(tmp_path / "x")
 
@@ -127,7 +124,7 @@ def test_nothing_to_reserve_is_no_failure(tmp_path):
 @pytest.mark.parametrize(
     ("target", "name", "words"),
     [
-        (os, "posix_fallocate", "cannot reserve"),
+        (room, "_fallocate", "cannot reserve"),
         (os, "pwrite", "cannot write"),
         (os, "fsync", "cannot flush"),
         ("pathlib.Path.replace", None, "cannot publish"),
@@ -180,7 +177,7 @@ def test_every_write_may_be_the_one_that_fails(tmp_path, monkeypatch, number):
 def test_no_file_descriptor_is_left_open(tmp_path, monkeypatch):
     mpisave.save(STATE, tmp_path / "x")
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    monkeypatch.setattr(room, "_fallocate", no_space)
 
     for _ in range(5):
         with pytest.raises(StorageError):
