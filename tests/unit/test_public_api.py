@@ -58,9 +58,11 @@ def test_public_names_are_frozen():
         "StateType",
         "StorageError",
         "UnknownArgumentError",
+        "VerifyReport",
         "load",
         "register_state_type",
         "save",
+        "verify",
     ]
     assert all(hasattr(mpisave, name) for name in mpisave.__all__)
 
@@ -123,6 +125,10 @@ def test_arguments_of_load_are_frozen():
         ("per_rank", None),
         ("verify", True),
     ]
+
+
+def test_arguments_of_verify_are_frozen():
+    assert arguments_of(mpisave.verify) == (["path"], [("comm", None)])
 
 
 def test_arguments_of_the_parts_of_a_state_are_frozen():
