@@ -6,6 +6,7 @@ and what the index says is only the same as long as neither was changed.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,15 +52,20 @@ def read_part(source: Source, index: Index, rank: int, size: int) -> tuple[int, 
     """
     starts, stops = _part(*_gaps(index), rank, size)
     memory = np.empty(_WINDOW_NBYTES, np.uint8).data
-    value = 0
-    for run in _runs(starts.tolist(), stops.tolist()):
+    value, held = 0, 0
+    for run in _runs(starts, stops):
         first, stop = run[0][0], run[-1][1]
-        done = source.read_into(first, memory[: stop - first])
+        if held + stop - first > _WINDOW_NBYTES or len(run) > 1:
+            value, held = crc32c(memory[:held], value), 0
+        done = source.read_into(first, memory[held : held + stop - first])
         if done < stop - first:
             raise FileFormatError(f"it is torn: it ends at byte {first + done}")
+        if len(run) == 1:  # kept, so that many gaps are summed in one call
+            held += done
+            continue
         for begin, end in run:
             value = crc32c(memory[begin - first : end - first], value)
-    return value, int((stops - starts).sum())
+    return crc32c(memory[:held], value), int((stops - starts).sum())
 
 
 def is_altered(index: Index, parts: Sequence[tuple[int, int]]) -> str:
@@ -117,20 +123,27 @@ def _part(
 
 
 def _runs(
-    starts: Sequence[int], stops: Sequence[int]
+    starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield gaps that are read in one call; a long one comes in parts."""
+    edges = np.flatnonzero(starts[1:] - stops[:-1] > _JOIN_NBYTES) + 1
+    gaps = list(zip(starts.tolist(), stops.tolist(), strict=True))
+    for low, high in itertools.pairwise([0, *edges.tolist(), len(gaps)]):
+        close = gaps[low:high]
+        if close and close[-1][1] - close[0][0] <= _WINDOW_NBYTES:
+            yield close
+        else:
+            yield from _windows(close)
+
+
+def _windows(gaps: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     run: list[tuple[int, int]] = []
-    for start, stop in zip(starts, stops, strict=True):
-        begin = start
-        while begin < stop:
+    for start, stop in gaps:
+        for begin in range(start, stop, _WINDOW_NBYTES):
             end = min(stop, begin + _WINDOW_NBYTES)
-            if run and (
-                begin - run[-1][1] > _JOIN_NBYTES or end - run[0][0] > _WINDOW_NBYTES
-            ):
+            if run and end - run[0][0] > _WINDOW_NBYTES:
                 yield run
                 run = []
             run.append((begin, end))
-            begin = end
     if run:
         yield run
