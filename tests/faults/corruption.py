@@ -308,7 +308,7 @@ def damages(small, large, many, *, bits, one_in=1, seed=0):
         yield from ((name, data) for data in made if data != whole)
 
 
-SMALL_NBYTES, LARGE_NBYTES = 96, 256 * 2**10
+SMALL_NBYTES, LARGE_NBYTES = 96, 512 * 2**10
 # Damage in the small files, of which the state is another.
 OF_SMALL = {"bit of every byte", "truncation, small"}
 
