@@ -348,33 +348,36 @@ def work(args):
 def counted(file, many, bits):
     """Return the verdicts on one kind of file, by way and reader."""
     counts, skip = collections.defaultdict(Counts), 0
+    readers = list(READERS[file])
     while True:
         argv = ["--work", file, "--many", many, "--bits", bits, "--skip", skip]
         with (
             tempfile.TemporaryFile() as errors,
             subprocess.Popen(
-                [sys.executable, __file__, *map(str, argv)],
+                [sys.executable, sys.argv[0], *map(str, argv)],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             ) as process,
         ):
-            last = None
+            at, done = skip, 0  # the next file, and how many readers are done with it
             for line in process.stdout:
                 number, way, reader, verdict = line.rstrip("\n").split("\t")
                 counts[way, reader][verdict] += 1
-                last = int(number)
+                at, done = int(number), readers.index(reader) + 1
             process.wait()
             errors.seek(0)
             text = errors.read().decode(errors="replace")
         if process.returncode == 0:
             return counts
-        if process.returncode > 0 or (last is None and not skip):
+        if process.returncode > 0:
             raise SystemExit(f"{file}: {text}")
-        # Killed by a signal. The reader that did not come back is of the next file.
+        # Killed by a signal, in the reader that did not come back.
         verdict = "hung" if process.returncode == -signal.SIGALRM else "crashed"
-        counts["(any)", ", ".join(READERS[file])][verdict] += 1
-        skip = skip + 1 if last is None else last + 2
+        if done == len(readers):
+            at, done = at + 1, 0
+        counts["(any)", readers[done]][verdict] += 1
+        skip = at + 1
 
 
 def misses(counts):
