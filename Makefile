@@ -18,7 +18,7 @@ export OMPI_MCA_btl = self,sm
 export OMPI_MCA_osc = ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
-	test-readers coverage \
+	test-readers test-faults coverage \
 	bench env clean
 
 env: $(VENV)/ready
@@ -84,6 +84,10 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) --mpi-sizes 1,2,4 -m gpu tests
+
+# Damage to files, in tens of thousands of cases: minutes. `make unit` has a short cut.
+test-faults: $(READY)
+	$(BIN)/python tests/faults/corruption.py
 
 # A real Slurm of two nodes on this machine (Debian, as root), and every batch script.
 test-slurm: $(READY)

@@ -19,6 +19,7 @@ from mpisave.saving import save
 from mpisave.shards import Shard, Shards
 from mpisave.state_types import StateType, register_state_type
 from mpisave.tree import PerRank
+from mpisave.verifying import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -37,7 +38,9 @@ __all__ = [
     "StateType",
     "StorageError",
     "UnknownArgumentError",
+    "VerifyReport",
     "load",
     "register_state_type",
     "save",
+    "verify",
 ]

@@ -20,12 +20,14 @@ from mpisave.errors import (
     StorageError,
     show_key,
 )
-from mpisave.formats import index, pkl
+from mpisave.finding import find_index
+from mpisave.formats import index
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
 from mpisave.sharing import read_shared
+from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
 from mpisave.tree import flatten
 from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks, select
@@ -42,11 +44,6 @@ if TYPE_CHECKING:
     from mpisave.wanted import Want
 
 T = TypeVar("T")
-
-_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_PICKLE_PROTO = b"\x80"
-# PROTO and its number, SHORT_BINBYTES and its length, and the mark itself.
-_MARK_STOP = 4 + len(pkl.MARK)
 
 # More threads than this in one rank did not read faster.
 _MOST_THREADS = 4
@@ -217,12 +214,26 @@ class _Load:
                 wants = read_regrouped(own, source, wants, self._arrays, verify=verify)
             threads = min(_MOST_THREADS, cores_of(where, own.rank))
 
-            def read_own() -> None:
+            def read_own() -> tuple[int, int]:
                 with naming_file(source.name):
                     read(source, wants, verify=verify, threads=threads)
+                    if not verify or self.options.mmap:
+                        return 0, 0
+                    # Last: pages that hold both payload and skeleton are there now.
+                    return read_part(source, self._content, own.rank, own.size)
 
-            self.step("read", read_own)
+            parts = self.exchange("read", read_own)
+            if verify and not self.options.mmap:
+                self.alike("read", lambda: self._check_skeleton(source, parts))
             return found.state()
+
+    def _check_skeleton(self, source: Source, parts: list[tuple[int, int]]) -> None:
+        wrong = is_altered(self._content, parts)
+        if wrong:
+            raise FileFormatError(
+                f"{source.name}: {wrong}. Other readers of the file see something else "
+                f"than was saved. verify=False loads what the index says."
+            )
 
     def _check(self, like: Any) -> tuple[Any, Any]:
         if self.options.into == "inplace" and like is None:
@@ -239,7 +250,7 @@ class _Load:
             if self.own.rank != 0:
                 return None
             with Source(self.path) as source, naming_file(source.name):
-                return _find(source)
+                return find_index(source)
 
         head: tuple[bytes, str] | None
         head = self.own.bcast(self.step("read the index", find))
@@ -276,7 +287,7 @@ class _Load:
 
         def compare() -> tuple[bytes, bytes, list[Key]]:
             with naming_file(source.name):
-                content = index.decode(*head)
+                content = self._content = index.decode(*head)
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)
@@ -377,33 +388,3 @@ def _check_alike(every: Sequence[tuple[tuple[str, Any], ...]]) -> None:
                     f"{name} differs between ranks: {first!r} on rank 0, {other!r} on "
                     f"rank {rank}. All ranks must give the same."
                 )
-
-
-def _find(source: Source) -> tuple[bytes, str] | None:
-    """Return bytes of the index and kind of the file; None: a foreign pickle."""
-    head = source.read(0, 32)
-    if not head:
-        raise FileFormatError("the file is empty")
-    is_hdf5 = head.startswith(_HDF5_SIGNATURE)
-    if not is_hdf5 and not head.startswith(_PICKLE_PROTO):
-        raise FileFormatError(
-            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle "
-            f"of protocol 2 or later"
-        )
-    trailer = source.read(
-        max(0, source.nbytes - index.TRAILER_NBYTES), index.TRAILER_NBYTES
-    )
-    found = index.find(trailer, source.nbytes)
-    if found is not None:
-        tail = source.read(found[0], source.nbytes - found[0])
-        return tail, "hdf5" if is_hdf5 else "pickle"
-    if is_hdf5:
-        raise FileFormatError(
-            "an HDF5 file without the index of mpisave at its end: it is torn, or was "
-            "changed after it was saved, or another program wrote it. h5py opens it."
-        )
-    if pkl.MARK in head[:_MARK_STOP]:
-        raise FileFormatError(
-            "a pickle of mpisave without an index at its end: it is torn or altered"
-        )
-    return None

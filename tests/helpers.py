@@ -76,7 +76,8 @@ def unescape(text):
 def small_blocks(nbytes=64):
     """Have blocks of checksums of a few bytes, so that small arrays are of many."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("checksum", "plan", "reading", "transport.direct"):
+        modules = ("checksum", "plan", "reading", "transport.direct", "verifying")
+        for module in (*modules, "formats.digest"):
             patch.setattr(f"mpisave.{module}.BLOCK_NBYTES", nbytes)
         patch.setattr("mpisave.reading._WINDOW_NBYTES", 4 * nbytes)
         yield

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpisave.bench.checksums import bench_checksums
 from mpisave.bench.gather import bench_gather
 from mpisave.bench.load import bench_load, write
 from mpisave.bench.output import plot, table
@@ -32,6 +33,7 @@ _JOBS = {
     "save": bench_save,
     "load": bench_load,
     "gather": bench_gather,
+    "checksums": bench_checksums,
     "memory": bench_memory,
     "traffic": bench_traffic,
 }
@@ -44,6 +46,8 @@ _NOTES = {
     "the pread into\nready memory (sides that load in place) or into fresh memory "
     "(all others) by that of the side.",
     "gather": "Every side ends with fsync.",
+    "checksums": "by_without: the time of the side by that of the same without "
+    "checksums. A load reads each\nrank's arrays in place, from the page cache.",
 }
 
 
@@ -90,8 +94,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--plot: {args.what} has no GB/s")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'mpisave[plot]'")
-    if (args.many is not None or args.moments) and args.what not in ("save", "load"):
-        parser.error(f"--many and --moments are of save and load, not of {args.what}")
+    of_all = ("save", "load", "checksums")
+    if (args.many is not None or args.moments) and args.what not in of_all:
+        parser.error(f"--many and --moments are of {of_all}, not of {args.what}")
     if args.writers is not None and args.what != "load":
         parser.error("--writers is of load")
     if args.each < 4 or args.each % 4:

@@ -42,6 +42,11 @@ _MOST_AXES = 32  # H5S_MAX_RANK
 
 _PAGE = 4096
 
+# Behind the superblock of version 2, which has 48 bytes, nothing lies up to the next
+# multiple of the alignment. A file that has this there, and no index, lost it.
+MARK = b"mpisave-1"
+MARK_OFFSET = 48
+
 # The file is closed and opened again after this many objects, see `_File.count`. That
 # takes 0.6 ms, as 40 datasets do.
 _REOPEN_AFTER = 2000
@@ -90,6 +95,10 @@ class HDF5Format:
         memory = _SparseFile()
         extents = _Builder(h5py, memory).build(merged, facts)
         nbytes = memory.nbytes
+        # As far as HDF5 puts nothing there: a mark is no reason to spoil a file.
+        if not any(memory.peek(MARK_OFFSET, MARK_OFFSET + len(MARK))):
+            memory.seek(MARK_OFFSET)
+            memory.write(MARK)
         skeleton = tuple(
             (offset, memory.peek(offset, stop))
             for offset, stop in gaps(extents, nbytes)

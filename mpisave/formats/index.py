@@ -202,7 +202,7 @@ def decode(tail: bytes, container: str) -> Index:
             content["container"],
             content["facts"],
             nbytes,
-            content["skeleton_crc32c"],
+            _whole(content["skeleton_crc32c"]),
             tuple(_node(*node) for node in content["nodes"]),
         )
         _check(index, container)

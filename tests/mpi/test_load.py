@@ -15,7 +15,16 @@ from helpers import assert_equal_states, assert_on_all_ranks, failing_on, small_
 from ranks import Counted, Numpy, assert_refused, first_ranks, grid, numbers, on_each
 
 import mpisave
-from mpisave import PerRank, Shard, Shards, loading, regrouping, sharing, storage
+from mpisave import (
+    PerRank,
+    Shard,
+    Shards,
+    loading,
+    regrouping,
+    sharing,
+    skeleton,
+    storage,
+)
 from mpisave.transport import exchange
 
 pytestmark = pytest.mark.mpi
@@ -889,7 +898,10 @@ class TestAltered:
 
 
 def watch_reads(patch):
-    """Return how many bytes each call of this rank reads, as they come."""
+    """Return how many bytes each call of this rank reads, as they come.
+
+    But not of the skeleton.
+    """
     found = []
     read_into = storage.Source.read_into
 
@@ -897,7 +909,13 @@ def watch_reads(patch):
         found.append(out.nbytes)
         return read_into(self, offset, out)
 
+    def not_watched(source, *arguments):
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(storage.Source, "read_into", read_into)
+            return skeleton.read_part(source, *arguments)
+
     patch.setattr(storage.Source, "read_into", watched)
+    patch.setattr(loading, "read_part", not_watched)
     return found
 
 

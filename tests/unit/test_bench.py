@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+import mpisave
 from mpisave.bench import __main__ as main
-from mpisave.bench import load, output, peers, save, small, states, turns
+from mpisave.bench import checksums, load, output, peers, save, small, states, turns
 
 
 class SoloComm:
@@ -57,6 +58,39 @@ def test_gather_compares_both_formats_with_bounds_and_peers(tmp_path):
     assert all(row["ranks"] == 2 and row["median_s"] > 0 for row in rows)
     assert "of_slower_bound" in printed
     assert not list(tmp_path.glob("mpisave-bench-*"))
+
+
+def test_checksums_are_compared_with_none(tmp_path):
+    few = ["--ranks", "2", "--mib", "1", "--repeats", "1", "--dir", str(tmp_path)]
+
+    rows, printed = bench(tmp_path, "checksums", *few, "--fsync", "off")
+
+    sides = [
+        f"{what} {name}{how}"
+        for what in ("save", "load")
+        for name in ("pickle", "HDF5")
+        for how in ("", ", no checksums")
+    ]
+    found = {row["side"]: row for row in rows}
+    assert list(found)[:4] == sides[:4]
+    assert set(found) == {*sides, "verify pickle", "verify HDF5"}
+    for side in sides[::2]:
+        without = found[f"{side}, no checksums"]
+        ratio = found[side]["median_s"] / without["median_s"]
+        assert found[side]["by_without"] == pytest.approx(ratio)
+        assert without["by_without"] is None
+    assert "by_without" in printed
+
+
+def test_save_without_checksums_is_no_file_that_loads(tmp_path):
+    path = tmp_path / "x"
+
+    checksums._without_checksums(lambda: mpisave.save({"x": np.arange(9)}, path))
+
+    with pytest.raises(mpisave.FileFormatError, match="index is altered"):
+        mpisave.load(path)
+    mpisave.save({"x": np.arange(9)}, path)
+    assert mpisave.load(path)["x"].tolist() == list(range(9))
 
 
 def test_save_compares_both_formats_with_bounds_and_peers(tmp_path):

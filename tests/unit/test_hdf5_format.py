@@ -322,6 +322,7 @@ SMALL_FILE = {
     20: (
         b"\xff\xff\xff\xff\xff\xff\xff\xffN\x13\0\0\0\0\0\0@\0\0\0\0\0\0\0\xee\xc1\xa8W"
     ),
+    48: b"mpisave-1",
     64: (
         b"OHDR\x02\0x\x10\x10\0\0\0\x11\0\0\0"
         b"\0\0\0s\0\0\0\0\0\0\0\n\x02\0\x01\0"
@@ -370,15 +371,15 @@ SMALL_FILE = {
 INDEX = (
     b'{"mpisave":1,"container":"hdf5",'
     b'"facts":{"version":"0.1.0","format":"1"},'
-    b'"skeleton_crc32c":67061650,'
+    b'"skeleton_crc32c":1032215757,'
     b'"nodes":['
     b'[[],"dict",null],'
     b'[["w"],"array","<i2",[2],4800,4,2993148305],'
     b'[["lr"],"object",0.5]]}'
     b"N\x13\0\0\0\0\0\0"  # the index is at 4942
-    b"\xc1\0\0\0\0\0\0\0"  # and 193 bytes long
+    b"\xc3\0\0\0\0\0\0\0"  # and 195 bytes long
     b"\x01\0\0\0"  # version 1
-    b"}p\xa0\xac"  # CRC-32C
+    b"y\x04pp"  # CRC-32C
     b"\x89mpisave"
 )
 

@@ -22,9 +22,9 @@ ROWS = (
     ("formats", "transport", "election"),
     ("parts", "wanted"),
     # What is read for all ranks is checked as what each reads for itself.
-    ("reading",),
+    ("reading", "finding", "skeleton"),
     ("sharing", "regrouping"),
-    ("saving", "loading"),
+    ("saving", "loading", "verifying"),
     ("bench",),
 )
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}

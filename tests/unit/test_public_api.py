@@ -59,9 +59,11 @@ def test_public_names_are_frozen():
         "StateType",
         "StorageError",
         "UnknownArgumentError",
+        "VerifyReport",
         "load",
         "register_state_type",
         "save",
+        "verify",
     ]
     assert all(hasattr(mpisave, name) for name in mpisave.__all__)
 
@@ -128,6 +130,11 @@ def test_arguments_of_load_are_frozen():
         ("verify", True),
         ("timeout", 600.0),
     ]
+
+
+def test_arguments_of_verify_are_frozen():
+    keywords = [("comm", None), ("timeout", 600.0)]
+    assert arguments_of(mpisave.verify) == (["path"], keywords)
 
 
 def test_arguments_of_the_parts_of_a_state_are_frozen():

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import mpisave
-from mpisave import Shard, Shards, reading
+from mpisave import Shard, Shards, loading, reading, skeleton
 from mpisave.comms import SoloComm
 from mpisave.errors import ArgumentError, FileFormatError
+from mpisave.finding import find_index
 from mpisave.formats import index
-from mpisave.loading import _find
 from mpisave.plan import Extent
 from mpisave.sharing import read_shared
 from mpisave.storage import Source
@@ -113,8 +113,14 @@ def counting(data, array):
         counted(offset, out.nbytes)
         return read_into(source, offset, out)
 
+    def not_counted(source, *arguments):
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(Source, "read_into", read_into)
+            return skeleton.read_part(source, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "read_into", counts)
+        patch.setattr(loading, "read_part", not_counted)
         yield counted
 
 
@@ -553,7 +559,7 @@ class TestShared:
     """What several nodes read together, by one rank that is alone."""
 
     def wants(self, data, like):
-        nodes = index.decode(*_find(Source(io.BytesIO(data)))).nodes
+        nodes = index.decode(*find_index(Source(io.BytesIO(data)))).nodes
         return Match(like, nodes, 0, None, in_place=True, is_part=False).wants
 
     @PROPERTY

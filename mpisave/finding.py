@@ -1,0 +1,61 @@
+"""What a file is, and where its index lies: by content, never by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpisave.errors import FileFormatError
+from mpisave.formats import hdf5, index, pkl
+
+if TYPE_CHECKING:
+    from mpisave.storage import Source
+
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_PICKLE_PROTO = b"\x80"
+# PROTO and its number, SHORT_BINBYTES and its length, and the mark itself.
+_MARK_STOP = 4 + len(pkl.MARK)
+
+
+def find_index(source: Source) -> tuple[bytes, str] | None:
+    """Return bytes of the index and kind of the file; None: a foreign pickle.
+
+    Raises
+    ------
+    FileFormatError
+        If it is neither HDF5 nor a pickle, or one of mpisave without its index: what
+        it holds can no longer be checked.
+    """
+    head = source.read(0, hdf5.MARK_OFFSET + len(hdf5.MARK))
+    if not head:
+        raise FileFormatError("the file is empty")
+    is_hdf5 = head.startswith(_HDF5_SIGNATURE)
+    if not is_hdf5 and not head.startswith(_PICKLE_PROTO):
+        raise FileFormatError(
+            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle "
+            f"of protocol 2 or later"
+        )
+    trailer = source.read(
+        max(0, source.nbytes - index.TRAILER_NBYTES), index.TRAILER_NBYTES
+    )
+    found = index.find(trailer, source.nbytes)
+    if found is not None:
+        tail = source.read(found[0], source.nbytes - found[0])
+        return tail, "hdf5" if is_hdf5 else "pickle"
+    # The mark tells a file of ours that lost its index from one that never had any:
+    # what the first holds is not what was saved.
+    if is_hdf5 and head[hdf5.MARK_OFFSET :] == hdf5.MARK:
+        raise FileFormatError(
+            "an HDF5 file of mpisave without an index at its end: it is torn or "
+            "altered, or another program changed it. Nothing in it can be checked any "
+            "more; h5py opens it as it is."
+        )
+    if is_hdf5:
+        raise FileFormatError(
+            "an HDF5 file without the index of mpisave at its end: another program "
+            "wrote it, or it is torn. h5py opens it."
+        )
+    if pkl.MARK in head[:_MARK_STOP]:
+        raise FileFormatError(
+            "a pickle of mpisave without an index at its end: it is torn or altered"
+        )
+    return None
