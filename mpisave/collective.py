@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 U = TypeVar("U")
 
-# Set by `testing`: called with the name of the step.
+# Set by `testing`: called with the name of a step when this rank begins it.
 before_action: Callable[[str], None] | None = None
 
 
@@ -116,6 +116,13 @@ def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
     if any(outcomes):
         _raise_failed(step, comm.size, [o for o in outcomes if o], exc)
     return result  # type: ignore[return-value]
+
+
+def alone(step: str, action: Callable[[], T]) -> T:
+    """Run a step that nobody else has part in: what it raises is raised as it is."""
+    if before_action is not None:
+        before_action(step)
+    return action()
 
 
 def alike(comm: Comm, step: str, action: Callable[[], T]) -> T:

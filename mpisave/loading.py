@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mpisave.arguments import deadline, parse_timeout
-from mpisave.collective import alike, exchange, on_all_ranks
+from mpisave.collective import alike, alone, exchange, on_all_ranks
 from mpisave.comms import SoloComm, private_comm
 from mpisave.errors import (
     ArgumentError,
@@ -175,7 +175,7 @@ class _Load:
     def step(self, name: str, action: Callable[[], T]) -> T:
         """Run a step of this rank; go on when all ranks do."""
         if isinstance(self.own, SoloComm):
-            return action()
+            return alone(name, action)
         return on_all_ranks(self.own, name, action)
 
     def alike(self, name: str, action: Callable[[], T]) -> T:
@@ -187,7 +187,7 @@ class _Load:
     def exchange(self, name: str, action: Callable[[], T]) -> list[T]:
         """Run a step, and return what each rank made of it."""
         if isinstance(self.own, SoloComm):
-            return [action()]
+            return [alone(name, action)]
         return exchange(self.own, name, action)
 
     def run(self, like: Any) -> Any:

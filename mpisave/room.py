@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # What a file system answers that cannot reserve space.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+# Set by `testing`: the disk is full, whatever it says.
+is_full = False
+
 
 def reserve(descriptor: int, nbytes: int) -> None:
     """Have the file take up `nbytes` of its file system from now on.
@@ -28,6 +31,8 @@ def reserve(descriptor: int, nbytes: int) -> None:
         not write such a file (EFBIG).
     """
     check_limit(nbytes)
+    if is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
         _fallocate(descriptor, nbytes)
     except OSError as exc:
@@ -37,6 +42,13 @@ def reserve(descriptor: int, nbytes: int) -> None:
         if free is not None and free < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         os.ftruncate(descriptor, nbytes)
+
+
+def write(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write some of `data` at an offset; return how many bytes."""
+    if is_full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return os.pwrite(descriptor, data, offset)
 
 
 def check_limit(nbytes: int) -> None:

@@ -194,7 +194,7 @@ class StagedFile:
         # Linux moves at most 0x7ffff000 bytes in a call, and may move fewer.
         while data.nbytes:
             try:
-                done = os.pwrite(self._fd, data, offset)
+                done = room.write(self._fd, data, offset)
             except OSError as exc:
                 what = f"write {data.nbytes} bytes at offset {offset} of {self.name}"
                 raise self._explained(what, exc) from exc

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpisave.arguments import deadline, parse_timeout
 from mpisave.checksum import BLOCK_NBYTES, crc32c
-from mpisave.collective import alike, exchange
+from mpisave.collective import alike, alone, exchange
 from mpisave.comms import SoloComm, private_comm
 from mpisave.errors import ArgumentError, FileFormatError, show_key
 from mpisave.finding import find_index
@@ -138,7 +138,9 @@ def verify(
 
 
 def _exchange(own: Comm, name: str, action: Callable[[], T]) -> list[T]:
-    return [action()] if isinstance(own, SoloComm) else exchange(own, name, action)
+    if isinstance(own, SoloComm):
+        return [alone(name, action)]
+    return exchange(own, name, action)
 
 
 def _alike(own: Comm, name: str, action: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ ROWS = (
     ("reading", "finding", "skeleton"),
     ("sharing", "regrouping"),
     ("saving", "loading", "verifying"),
-    ("bench",),
+    ("bench", "testing"),
 )
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 FOLDERS = ("formats", "transport", "bench")
