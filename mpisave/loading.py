@@ -25,7 +25,7 @@ from mpisave.errors import (
     StorageError,
     show_key,
 )
-from mpisave.formats import index, pkl
+from mpisave.formats import foreign_hdf5, index, pkl
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
@@ -73,7 +73,9 @@ def load(
 
     What the file is shows in its content, not in its name. A file of mpisave is read
     through its index; any other pickle by an interpreter that knows arrays, plain
-    containers and scalars. Nothing that a file names is imported or called.
+    containers and scalars; any other HDF5 file as dicts of contiguous arrays, after a
+    process of its own has inspected it. Nothing that a file names is imported or
+    called, and no other file is read.
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ def load(
         whose `PerRank` values this one takes. Needed where their number differs.
     verify : bool
         Whether to check the CRC-32C of every block that is read; blocks of which only a
-        part is wanted are then read whole.
+        part is wanted are then read whole. Files of others have none.
 
     Returns
     -------
@@ -193,11 +195,13 @@ class _Load:
 
     def run(self, like: Any) -> Any:
         """Load, all ranks going on together or not at all."""
-        own, verify = self.own, self.options.verify
+        own = self.own
         every = self.exchange("check arguments", lambda: self._check(like))
         where = [place for _, place in every]
         self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
         head = self._index()
+        # Files of others have no checksums.
+        verify = self.options.verify and head is not None and head[1] != index.FOREIGN
         with contextlib.ExitStack() as opened:
             # Closed also where it is another rank that cannot open it.
             source = self.step(
@@ -274,7 +278,10 @@ class _Load:
 
         def compare() -> tuple[bytes, bytes, list[Key]]:
             with naming_file(source.name):
-                content = index.decode(*head)
+                if head[1] == index.FOREIGN:
+                    content = index.decode_foreign(head[0], source.nbytes)
+                else:
+                    content = index.decode(*head)
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)
@@ -396,10 +403,7 @@ def _find(source: Source) -> tuple[bytes, str] | None:
         tail = source.read(found[0], source.nbytes - found[0])
         return tail, "hdf5" if is_hdf5 else "pickle"
     if is_hdf5:
-        raise FileFormatError(
-            "an HDF5 file without the index of mpisave at its end: it is torn, or was "
-            "changed after it was saved, or another program wrote it. h5py opens it."
-        )
+        return foreign_hdf5.inspect(source), index.FOREIGN
     if pkl.MARK in head[:_MARK_STOP]:
         raise FileFormatError(
             "a pickle of mpisave without an index at its end: it is torn or altered"
