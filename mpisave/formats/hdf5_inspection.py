@@ -40,7 +40,7 @@ _CACHE_NBYTES = 2**20
 _MEMORY_NBYTES = 48 * 2**20
 
 # Of processor time. An object takes about 0.1 ms, and at least 100 bytes of the file.
-_SECONDS = 20
+_SECONDS = 10
 _SECONDS_PER_MIB = 4
 _MOST_SECONDS = 1200
 
@@ -84,10 +84,10 @@ def found_in(file: Any, nbytes: int) -> str:
         raise
     except MemoryError as exc:
         raise FileFormatError(
-            f"{walk.where!r}: HDF5 wants more memory than a file of this length needs"
+            f"{walk.place()}: HDF5 wants more memory than a file of this length needs"
         ) from exc
     except Exception as exc:  # of whatever class h5py takes
-        raise FileFormatError(f"{walk.where!r}: HDF5 cannot read it: {exc}") from exc
+        raise FileFormatError(f"{walk.place()}: HDF5 cannot read it: {exc}") from exc
     finally:
         if opened is not None:
             opened.close()
@@ -118,8 +118,13 @@ class _Walk:
             self._refuse("the file has a user block, which is refused")
         self._object(opened, b"/", ())
 
+    def place(self) -> str:
+        """Return the path of what is looked at, for errors."""
+        where = self.where
+        return repr(where if len(where) <= 200 else f"{where[:100]}...{where[-90:]}")
+
     def _refuse(self, what: str) -> NoReturn:
-        raise FileFormatError(f"{self.where!r}: {what}. h5py may read it.")
+        raise FileFormatError(f"{self.place()}: {what}. h5py may read it.")
 
     def _object(self, parent: Any, name: bytes, key: Key) -> None:
         h5o = self._h5py.h5o
@@ -139,7 +144,7 @@ class _Walk:
             self._refuse("it is a named datatype, which is refused")
         found = h5o.open(parent, name)
         if info.num_attrs:
-            self._h5py.h5a.iterate(found, self._attribute)
+            self._attributes(found)
         if info.type == h5o.TYPE_DATASET:
             self._add(key, "array", *self._dataset(found))
         else:
@@ -149,12 +154,20 @@ class _Walk:
     def _add(self, *node: Any) -> None:
         self.nodes.append(json.dumps(node, separators=(",", ":")))
 
-    def _attribute(self, name: bytes) -> None:
-        if name.startswith(_OURS):
+    def _attributes(self, found: Any) -> None:
+        ours: list[str] = []
+
+        def look(name: bytes) -> bool | None:
+            if name.startswith(_OURS):
+                ours.append(name.decode(errors="replace"))
+            return True if ours else None  # HDF5 goes on after None
+
+        self._h5py.h5a.iterate(found, look)
+        if ours:
             self._refuse(
-                f"it has the attribute {name.decode(errors='replace')!r} of mpisave, "
-                f"but the index at the end of the file is gone: the file was not "
-                f"written to its end, or was changed after it was saved"
+                f"it has the attribute {ours[0]!r} of mpisave, but the index at the "
+                f"end of the file is gone: the file was not written to its end, or was "
+                f"changed after it was saved"
             )
 
     def _group(self, group: Any, key: Key) -> None:
@@ -165,15 +178,16 @@ class _Walk:
         tracked = order & self._h5py.h5p.CRT_ORDER_TRACKED
         links: list[tuple[bytes, int]] = []
 
-        def take(name: bytes, info: Any) -> None:
-            self._links_left -= 1
-            if self._links_left < 0:
-                self._refuse("there are more links than the file has room for")
+        def take(name: bytes, info: Any) -> bool | None:
             links.append((name, info.type))
+            return True if len(links) > self._links_left else None
 
         group.links.iterate(
             take, info=True, idx_type=h5.INDEX_CRT_ORDER if tracked else h5.INDEX_NAME
         )
+        self._links_left -= len(links)
+        if self._links_left < 0:
+            self._refuse("there are more links than the file has room for")
         # All of them before one is followed.
         parts = [self._part(name, kind, key) for name, kind in links]
         if len({name for name, _ in links}) < len(links):
@@ -347,7 +361,7 @@ def limit_this_process(nbytes: int) -> None:
     seconds = min(_SECONDS + nbytes * _SECONDS_PER_MIB // 2**20, _MOST_SECONDS)
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_CPU: seconds,  # then SIGXCPU
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 0,  # what is open stays; nothing more opens
     }
@@ -356,9 +370,12 @@ def limit_this_process(nbytes: int) -> None:
         held = int(statm.read_text().split()[0]) * resource.getpagesize()
         limits[resource.RLIMIT_AS] = held + _MEMORY_NBYTES + nbytes
     for what, most in limits.items():
-        _, hard = resource.getrlimit(what)
-        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (limit, limit))
+        _, ceiling = resource.getrlimit(what)
+        # At the hard limit of processor time, SIGKILL would not say what it was.
+        hard = most + 2 if what == resource.RLIMIT_CPU else most
+        if ceiling != resource.RLIM_INFINITY:
+            hard = min(hard, ceiling)
+        resource.setrlimit(what, (min(most, hard), hard))
 
 
 def main() -> None:
