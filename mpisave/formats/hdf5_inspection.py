@@ -307,13 +307,11 @@ class _Pages:
             number, skip = divmod(self._position, _PAGE_NBYTES)
             part = self._page(number)[skip : skip + view.nbytes - done]
             if not part:
-                break
+                raise OSError(f"byte {self._position} is beyond the end of the file")
             view[done : done + len(part)] = part
             done += len(part)
             self._position += len(part)
-        # HDF5 takes what it asked for: never memory that nobody wrote to.
-        view[done:] = bytes(view.nbytes - done)
-        return view.nbytes
+        return done
 
     def _page(self, number: int) -> bytes:
         page = self._pages.get(number)

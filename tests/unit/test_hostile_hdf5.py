@@ -476,15 +476,20 @@ def test_pages_are_those_of_the_file(foreign):
     here, there = socket.socketpair()
     with here, there, Source(foreign) as source:
         pages = hdf5_inspection._Pages(there, len(data))
-        pages._page = lambda number: source.read(number * 2**14, 2**14)
         out = bytearray(40_000)
 
+        pages._page = lambda number: source.read(number * 2**14, 2**14)
         pages.seek(-50_000, os.SEEK_END)
         done = pages.readinto(out)
+        at = pages.tell()
+        for beyond in (len(data), 2**63, 2**64 - 1):
+            pages.seek(beyond)
+            with pytest.raises(OSError, match="beyond the end"):
+                pages.readinto(bytearray(1))
 
     assert done == len(out)
     assert out == data[-50_000:][:40_000]
-    assert pages.tell() == len(data) - 10_000
+    assert at == len(data) - 10_000
     for wrong in (lambda: pages.write(b"x"), pages.truncate):
         with pytest.raises(OSError, match="read"):
             wrong()
