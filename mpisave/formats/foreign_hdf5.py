@@ -42,7 +42,7 @@ _ADDED = {
 
 # Nothing is imported from the working directory that would not be imported here.
 _PROGRAM = (
-    "import sys; sys.path[:] = sys.argv.pop().splitlines(); "
+    "import sys; sys.path[:] = sys.argv.pop().split(chr(10)); "
     "from mpisave.formats.hdf5_inspection import main; main()"
 )
 
