@@ -19,6 +19,9 @@ _MARK_STOP = 4 + len(pkl.MARK)
 def find_index(source: Source) -> tuple[bytes, str] | None:
     """Return bytes of the index and kind of the file; None: a foreign pickle.
 
+    The kind is ``"pickle"``, ``"hdf5"`` or `index.FOREIGN`: HDF5 of another program,
+    which has no index.
+
     Raises
     ------
     FileFormatError
@@ -50,10 +53,7 @@ def find_index(source: Source) -> tuple[bytes, str] | None:
             "more; h5py opens it as it is."
         )
     if is_hdf5:
-        raise FileFormatError(
-            "an HDF5 file without the index of mpisave at its end: another program "
-            "wrote it, or it is torn. h5py opens it."
-        )
+        return b"", index.FOREIGN
     if pkl.MARK in head[:_MARK_STOP]:
         raise FileFormatError(
             "a pickle of mpisave without an index at its end: it is torn or altered"

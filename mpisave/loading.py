@@ -21,7 +21,7 @@ from mpisave.errors import (
     show_key,
 )
 from mpisave.finding import find_index
-from mpisave.formats import index
+from mpisave.formats import foreign_hdf5, index
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
@@ -67,7 +67,9 @@ def load(
 
     What the file is shows in its content, not in its name. A file of mpisave is read
     through its index; any other pickle by an interpreter that knows arrays, plain
-    containers and scalars. Nothing that a file names is imported or called.
+    containers and scalars; any other HDF5 file as dicts of contiguous arrays, after a
+    process of its own has inspected it. Nothing that a file names is imported or
+    called, and no other file is read.
 
     Parameters
     ----------
@@ -99,7 +101,7 @@ def load(
         whose `PerRank` values this one takes. Needed where their number differs.
     verify : bool
         Whether to check the CRC-32C of every block that is read; blocks of which only a
-        part is wanted are then read whole.
+        part is wanted are then read whole. Files of others have none.
     timeout : float or None
         How many seconds a rank waits for the others in one step. None: for ever.
 
@@ -192,11 +194,13 @@ class _Load:
 
     def run(self, like: Any) -> Any:
         """Load, all ranks going on together or not at all."""
-        own, verify = self.own, self.options.verify
+        own = self.own
         every = self.exchange("check arguments", lambda: self._check(like))
         where = [place for _, place in every]
         self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
         head = self._index()
+        # Files of others have no checksums.
+        verify = self.options.verify and head is not None and head[1] != index.FOREIGN
         with contextlib.ExitStack() as opened:
             # Closed also where it is another rank that cannot open it.
             source = self.step(
@@ -250,7 +254,10 @@ class _Load:
             if self.own.rank != 0:
                 return None
             with Source(self.path) as source, naming_file(source.name):
-                return find_index(source)
+                head = find_index(source)
+                if head is not None and head[1] == index.FOREIGN:
+                    return foreign_hdf5.inspect(source), index.FOREIGN
+                return head
 
         head: tuple[bytes, str] | None
         head = self.own.bcast(self.step("read the index", find))
@@ -287,7 +294,11 @@ class _Load:
 
         def compare() -> tuple[bytes, bytes, list[Key]]:
             with naming_file(source.name):
-                content = self._content = index.decode(*head)
+                if head[1] == index.FOREIGN:
+                    content = index.decode_foreign(head[0], source.nbytes)
+                else:
+                    content = index.decode(*head)
+                self._content = content
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)

@@ -169,7 +169,7 @@ def _index(own: Comm, path: Any) -> tuple[bytes, str] | None:
         return None
     with Source(path) as source, naming_file(source.name):
         head = find_index(source)
-        if head is None:
+        if head is None or head[1] == index.FOREIGN:
             raise FileFormatError(
                 "it is not of mpisave: it has no index, so there is nothing to verify "
                 "against"

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mpisave.merging import Merged
 
 VERSION = 1
+FOREIGN = "HDF5 of another program"
 MAGIC = b"\x89mpisave"
 _FIELDS = struct.Struct("<QQI")
 TRAILER_NBYTES = _FIELDS.size + 4 + len(MAGIC)
@@ -52,7 +53,8 @@ class Stored:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     extent: Extent
-    sums: tuple[int, ...]  # CRC-32C of each block, see checksum.BLOCK_NBYTES
+    # CRC-32C of each block, see checksum.BLOCK_NBYTES; none in files of others.
+    sums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Opaque:
 class Index:
     """What a file holds."""
 
-    container: str  # "pickle" or "hdf5"
+    container: str  # "pickle" or "hdf5", or `FOREIGN`
     facts: Mapping[str, str]  # version of mpisave, state type
     nbytes: int  # of skeleton and payload
     skeleton_crc32c: int
@@ -211,12 +213,50 @@ def decode(tail: bytes, container: str) -> Index:
     return index
 
 
+def decode_foreign(nodes: bytes, nbytes: int) -> Index:
+    """Return the index of a file of another program, from what was found in it.
+
+    Parameters
+    ----------
+    nodes : bytes
+        JSON of the nodes, those of arrays without checksums.
+    nbytes : int
+        Bytes of the file.
+
+    Raises
+    ------
+    FileFormatError
+        If they are no state, or do not fit the file.
+    """
+    try:
+        found = tuple(_foreign_node(*node) for node in json.loads(nodes))
+        index = Index(FOREIGN, {}, nbytes, 0, found)
+        _check(index, FOREIGN)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+        raise FileFormatError(f"the HDF5 file makes no sense: {exc}") from exc
+    return index
+
+
+def _foreign_node(key: list[str], kind: str, *detail: Any) -> Node:
+    where = tuple(key)
+    if any(type(part) is not str for part in where):
+        raise ValueError(f"{where} is no path")
+    if kind == "array":
+        name, shape, offset, nbytes = detail
+        return Node(where, "leaf", _stored(where, name, shape, offset, nbytes, ()))
+    if kind == "dict" and detail == (None,):
+        return Node(where, "dict", None)
+    raise ValueError(f"{show_key(where)} is of the unknown kind {kind!r}")
+
+
 def _node(key: list[str | int], kind: str, *detail: Any) -> Node:
     where = tuple(key)
     if any(type(part) not in (str, int) for part in where):
         raise ValueError(f"{where} is no key")
     if kind == "array":
-        return Node(where, "leaf", _stored(where, *detail))
+        name, shape, offset, nbytes, checksums = detail
+        sums = _sums_from_json(checksums, _whole(nbytes))
+        return Node(where, "leaf", _stored(where, name, shape, offset, nbytes, sums))
     if kind == "object":
         return Node(where, "leaf", from_json(detail[0]))
     if kind == "opaque":
@@ -234,14 +274,14 @@ def _stored(
     shape: list[int],
     offset: int,
     nbytes: int,
-    checksums: int | str,
+    sums: tuple[int, ...],
 ) -> Stored:
     dtype = dtype_from_name(name)
     extent = Extent(_whole(offset), _whole(nbytes))
     if math.prod(map(_whole, shape)) * stored_dtype(dtype).itemsize != nbytes:
         raise ValueError(f"{show_key(key)} of shape {shape} has {nbytes} bytes")
     _check_shape(dtype, tuple(shape))
-    return Stored(key, dtype, tuple(shape), extent, _sums_from_json(checksums, nbytes))
+    return Stored(key, dtype, tuple(shape), extent, sums)
 
 
 @functools.lru_cache(maxsize=4096)

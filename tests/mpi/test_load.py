@@ -827,18 +827,38 @@ class TestAltered:
 
         assert str(whole) in str(caught)
 
-    def test_hdf5_of_another_program_is_refused_by_every_rank(self, comm, shared_dir):
+    def test_hdf5_of_another_program_is_read_by_every_rank(self, comm, shared_dir):
+        path = shared_dir / "x.h5"
+        state = {"deep": {"y": np.array(2.5)}, "x": np.arange(1000.0).reshape(100, 10)}
+        if comm.rank == 0:
+            with h5py.File(path, "w") as file:
+                file["x"], file["deep/y"] = state["x"], 2.5
+        comm.Barrier()
+        row = Shard(np.empty((1, 10)), (100, 10), (comm.rank, 0))
+        column = Shard(np.empty((100, 1)), (100, 10), (0, comm.rank))
+
+        whole = mpisave.load(path, comm=comm)
+        rows = mpisave.load(path, comm=comm, keys="x", like={"x": row})
+        columns = mpisave.load(path, comm=comm, keys="x", like={"x": column})
+
+        on_each(comm, lambda: assert_equal_states(whole, state))
+        has_row = np.array_equal(rows["x"].array, state["x"][[comm.rank]])
+        assert_on_all_ranks(comm, has_row, "row")
+        has_column = np.array_equal(columns["x"].array, state["x"][:, [comm.rank]])
+        assert_on_all_ranks(comm, has_column, "column")
+
+    def test_hdf5_that_is_refused_is_refused_by_every_rank(self, comm, shared_dir):
         path = shared_dir / "x.h5"
         if comm.rank == 0:
             with h5py.File(path, "w") as file:
-                file["x"] = np.arange(5)
+                file["deep/x"] = h5py.ExternalLink("/etc/hostname", "/")
         comm.Barrier()
 
         assert_refused(
             comm,
             mpisave.FileFormatError,
             lambda: mpisave.load(path, comm=comm),
-            "without the index of mpisave",
+            "'/deep/x': it is an external link",
             [0],
         )
 

@@ -38,7 +38,7 @@ MAY_IMPORT_MPISAVE = {"saving": "in a function", "bench": "anywhere"}
 # these libraries.
 MAY_IMPORT = {
     "cupy": {"arrays"},
-    "h5py": {"formats.hdf5", "bench"},
+    "h5py": {"formats.hdf5", "formats.hdf5_inspection", "bench"},
     "mpi4py": {
         *("deadlines", "comms", "placement", "transport"),
         *("sharing", "regrouping", "bench"),

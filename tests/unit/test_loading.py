@@ -148,13 +148,12 @@ def test_error_names_the_file(tmp_path):
         mpisave.load(path)
 
 
-def test_hdf5_of_another_program_is_refused_with_advice(tmp_path):
+def test_hdf5_of_another_program_is_read(tmp_path):
     path = tmp_path / "other.h5"
     with h5py.File(path, "w") as file:
         file["w"] = np.arange(3)
 
-    with pytest.raises(FileFormatError, match="h5py opens it"):
-        mpisave.load(path)
+    assert mpisave.load(path)["w"].tolist() == [0, 1, 2]
 
 
 def test_hdf5_changed_by_another_program_is_refused(tmp_path):
@@ -185,7 +184,10 @@ def test_index_of_one_format_in_a_file_of_the_other_is_refused():
 
 
 def test_file_cut_at_every_byte_is_refused(whole):
-    for nbytes in range(len(whole)):
+    start = int.from_bytes(whole[-32:-24], "little")
+    # Without its index, HDF5 is whole, and a process has to look into it.
+    step = 97 if whole[0] == 0x89 else 1
+    for nbytes in (*range(start), *range(start, len(whole), step), len(whole) - 1):
         with pytest.raises(FileFormatError):
             mpisave.load(io.BytesIO(whole[:nbytes]))
 
