@@ -18,8 +18,8 @@ Bytes = npt.NDArray[np.uint8]
 
 # What a file may hold: booleans, integers, floats and complex numbers.
 _KINDS = frozenset("biufc")
-# All that `dtype_name` gives. NumPy would parse more, with Python's own parser: records,
-# subarrays, and what makes it raise SyntaxError.
+# All that `dtype_name` gives. NumPy would parse more, with Python's own parser:
+# records, subarrays, and what makes it raise SyntaxError.
 _PLAIN_NAME = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 # DLPack's code of memory that the CPU reads (dlpack.h, kDLCPU).
 _DLPACK_CPU = 1

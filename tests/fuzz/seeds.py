@@ -13,7 +13,11 @@ import mpisave
 from mpisave.formats import index
 
 STATES = (
-    {"w": np.arange(6, dtype=">i2").reshape(2, 3), "b": np.zeros(0), "s": np.float32(1)},
+    {
+        "w": np.arange(6, dtype=">i2").reshape(2, 3),
+        "b": np.zeros(0),
+        "s": np.float32(1),
+    },
     {"a": [1, 2.5, None, True, (1, "x", b"y")], "n": {"c": 1 + 2j, "d": 10**30}},
     {"f": np.asfortranarray(np.ones((2, 3), "c8")), "h": np.array(1, "f2")},
     {"big": np.zeros(2**18 + 1), "text": "\N{GREEK SMALL LETTER ALPHA}"},
@@ -51,7 +55,9 @@ def write(folder, inputs):
 
 
 def main(folder):
-    states = [{"state": state} if type(state) is not dict else state for state in STATES]
+    states = [
+        {"state": state} if type(state) is not dict else state for state in STATES
+    ]
     write(folder / "index", [data for state in states for data in of_ours(state)])
     pickles = [pickle.dumps(s, n) for s in FOREIGN for n in range(6)]
     write(folder / "unpickle", [data for data in pickles if len(data) < 2**16])

@@ -18,7 +18,7 @@ import pytest
 import mpisave
 from mpisave.errors import FileFormatError
 
-PROTOCOLS = (2, 3, 4, 5)
+PROTOCOLS = (0, 1, 2, 3, 4, 5)
 DTYPES = [
     f"{order}{code}"
     for code in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -103,7 +103,7 @@ def test_loaded_array_can_be_written_to(protocol):
 CONTAINERS = [
     None,
     True,
-    [0, -1, 255, 256, 65536, 2**31, -(2**31), 2**63, 10**100, -(10**700)],
+    [0, -1, 255, 256, 65536, 2**31, -(2**31), 2**63, 10**100, -(10**400)],
     [0.5, -0.0, float("inf"), 1e-320],
     [1 + 2j, complex("nan")],
     ["", "x" * 300, "\N{GREEK SMALL LETTER ALPHA}", "\ud800", "\0\n"],
@@ -288,9 +288,10 @@ MALICIOUS = {
     "PERSID": ("PERSID", whole(b"Pid\n", 2)),
     "BINPERSID": ("BINPERSID", whole(string("id") + b"Q")),
     "DUP": ("DUP", whole(b"K\x012\x86")),
-    "INT": ("INT", whole(b"I01\n", 2)),
+    "INT": ("INT", whole(b"Ix\n", 2)),
+    "long INT": ("no end", whole(b"I" + b"1" * 600 + b"\n", 2)),
     "STRING": ("STRING", whole(b"S'x'\n", 2)),
-    "UNICODE": ("UNICODE", whole(b"Vx\n", 2)),
+    "UNICODE": ("UNICODE", whole(b"Vx", 2)),
     "SHORT_BINSTRING": ("SHORT_BINSTRING", whole(b"U\x01x", 2)),
     "NEXT_BUFFER": ("NEXT_BUFFER", whole(b"\x97", 5)),
     "READONLY_BUFFER": ("READONLY_BUFFER", whole(b"C\x01x\x98", 5)),
@@ -370,7 +371,7 @@ MALICIOUS = {
         ),
     ),
     "array of 99 dimensions": (
-        "shape",
+        "99 dimensions",
         whole(NEW_ARRAY + state_of_array(shape=b"(" + b"K\x01" * 99 + b"t")),
     ),
     "array of another version": (
@@ -584,14 +585,6 @@ def test_object_that_runs_code_is_refused_wherever_it_is(protocol, wrap, nothing
 def test_other_object_is_refused(state, protocol):
     with pytest.raises(FileFormatError):
         loaded(pickle.dumps({"x": state}, protocol))
-
-
-@pytest.mark.parametrize("protocol", [0, 1])
-def test_protocol_0_and_1_are_refused(protocol):
-    data = pickle.dumps({"w": np.arange(3)}, protocol)
-
-    with pytest.raises(FileFormatError, match="protocol 2 or later"):
-        loaded(data)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
