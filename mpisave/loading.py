@@ -69,12 +69,14 @@ def load(
     unexpected: str = "error",
     per_rank: Callable[[int, int], int] | None = None,
     verify: bool = True,
+    allow_pickle: bool = False,
 ) -> Any:
     """Load a file, or what this rank wants of it. Collective over `comm`.
 
     What the file is shows in its content, not in its name. A file of mpisave is read
     through its index; any other pickle by an interpreter that knows arrays, plain
-    containers and scalars. Nothing that a file names is imported or called.
+    containers and scalars. Nothing that a file names is imported or called, unless
+    `allow_pickle` says so.
 
     Parameters
     ----------
@@ -107,6 +109,11 @@ def load(
     verify : bool
         Whether to check the CRC-32C of every block that is read; blocks of which only a
         part is wanted are then read whole.
+    allow_pickle : bool
+        **Execute whatever the file says.** Pickles of other programs are then given to
+        `pickle.load`, by every rank for itself, and so are files of mpisave with
+        objects that only it gives back, once their skeleton was verified. Whoever can
+        write the file can run any program as you. Default: refuse such files.
 
     Returns
     -------
@@ -129,7 +136,9 @@ def load(
     OSError
         If the file system refuses.
     """
-    options = _Options(into, missing, unexpected, mmap, verify, keys, per_rank)
+    options = _Options(
+        into, missing, unexpected, mmap, verify, allow_pickle, keys, per_rank
+    )
     with private_comm(SoloComm() if comm is None else communicator(comm)) as own:
         return _Load(own, path, options).run(like)
 
@@ -141,6 +150,7 @@ class _Options:
     unexpected: str
     mmap: bool
     verify: bool
+    allow_pickle: bool
     keys: Any
     per_rank: Any
 
@@ -152,6 +162,7 @@ class _Options:
             "unexpected": ("error", "skip"),
             "mmap": (False, True),
             "verify": (False, True),
+            "allow_pickle": (False, True),
         }
         for name, values in legal.items():
             value = getattr(self, name)
@@ -265,6 +276,8 @@ class _Load:
                     "like=, keys= and mmap= need a file of mpisave: this pickle has no "
                     "index. Load it whole."
                 )
+            if options.allow_pickle:
+                return pkl.load_trusted(source)
             return unpickle(source)
 
     def _compare(
@@ -276,6 +289,8 @@ class _Load:
         def compare() -> tuple[bytes, bytes, list[Key]]:
             with naming_file(source.name):
                 content = index.decode(*head)
+                if self.options.allow_pickle and content.container == "pickle":
+                    content = pkl.with_objects(source, content)
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)

@@ -229,7 +229,9 @@ class _Machine:
         if not is_known(found):
             raise FileFormatError(
                 f"the pickle asks for {found}, which is refused: mpisave loads arrays, "
-                f"plain containers and scalars, and runs nothing that a file names"
+                f"plain containers and scalars, and runs nothing that a file names. "
+                f"Only if you trust whoever wrote it: allow_pickle=True gives it to "
+                f"pickle.load, which executes whatever it says"
             )
         self._stack.append(found)
 

@@ -23,14 +23,14 @@ PLAIN = (
 MOST_SHOWN = 10_000
 
 
-class OracleCannot(Exception):
+class OracleStoppedError(Exception):
     """Stock pickle would call something: it is not asked."""
 
 
 # The one in Python: the other takes gigabytes for the memo of a large number.
 class Oracle(pickle._Unpickler):
     def find_class(self, module, name):
-        raise OracleCannot
+        raise OracleStoppedError
 
 
 def parts(value):
@@ -57,8 +57,8 @@ def test_one_input(data):
         with Source(io.BytesIO(data)) as source:
             found = unpickle(source)
     except FileFormatError as exc:
-        assert "byte" in str(exc), exc  # where
-        assert len(str(exc)) < 1000, exc
+        if "byte" not in str(exc) or len(str(exc)) > 1000:
+            raise AssertionError("it does not say where, or too much") from exc
         return
     except ImportError as exc:
         if "ml_dtypes" not in str(exc):
@@ -67,7 +67,7 @@ def test_one_input(data):
     mine = parts(found)
     try:
         expected = Oracle(io.BytesIO(data)).load()
-    except OracleCannot:
+    except OracleStoppedError:
         return
     except pickle.UnpicklingError as exc:
         # C's loader knows no end of a frame either.

@@ -122,6 +122,7 @@ def test_arguments_of_load_are_frozen():
         ("unexpected", "error"),
         ("per_rank", None),
         ("verify", True),
+        ("allow_pickle", False),
     ]
 
 
