@@ -104,9 +104,10 @@ class _Machine:
         self._last_set: tuple[Any, Any] = (None, None)  # and what was added to it last
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        # Tuples that may be part of a state, and what they are there, by id; the first
-        # is kept so that its id stays its own.
-        self._plain_tuples: dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
+        # What tuples are as part of a state, by their id; those that are something else
+        # there are kept, so that their id stays their own.
+        self._plain_tuples: dict[int, tuple[Any, ...]] = {}
+        self._replaced: list[tuple[Any, ...]] = []
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out an opcode."""
@@ -314,11 +315,14 @@ class _Machine:
             pending.pop()
             if id(item) not in done:
                 parts = tuple(
-                    done[id(i)][1] if type(i) is tuple else _plain_leaf(i) for i in item
+                    done[id(i)] if type(i) is tuple else _plain_leaf(i) for i in item
                 )
-                is_same = all(a is b for a, b in zip(parts, item, strict=True))
-                done[id(item)] = item, item if is_same else parts
-        return done[id(value)][1]
+                if all(a is b for a, b in zip(parts, item, strict=True)):
+                    done[id(item)] = item
+                else:
+                    done[id(item)] = parts
+                    self._replaced.append(item)
+        return done[id(value)]
 
 
 def _plain_leaf(value: Any) -> Any:

@@ -658,3 +658,108 @@ def test_memo_chain_takes_no_more_memory_than_it_has_items():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
+
+
+# ---- What other programs write.
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4"])
+def test_array_of_ml_dtypes_loads_as_such(name, protocol):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    made = np.array([0, 1, 2]).astype(getattr(ml_dtypes, name))
+
+    assert_loads_as_pickle_does({"w": made}, protocol)
+
+
+def test_array_of_a_name_that_ml_dtypes_has_for_something_else_is_refused():
+    data = whole(call(name("numpy", "dtype"), name("ml_dtypes", "finfo")))
+
+    with pytest.raises(FileFormatError, match=r"ml_dtypes\.finfo"):
+        loaded(data)
+
+
+class AsPaddleDoes:
+    """paddle.save writes a Tensor as a call of tuple."""
+
+    def __reduce__(self):
+        return tuple, (("linear_0.w_0", np.arange(3.0)),)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_tensor_as_paddle_writes_it_loads(protocol):
+    data = pickle.dumps({"w": AsPaddleDoes(), "n": {"w": "linear_0.w_0"}}, protocol)
+
+    assert_equal_states(loaded(data), pickle.loads(data))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_large_payload_loads_wherever_it_stands(protocol):
+    raw = bytes(range(256)) * 300
+    state = {
+        "bytes": raw,
+        "again": raw,
+        "tuple": (raw, (raw, 1)),
+        "set": {raw},
+        "mutable": bytearray(raw),
+        "deep": [((((raw,),),), bytearray(raw))],
+        "w": np.frombuffer(raw, "<u2"),
+        "swapped": np.frombuffer(raw, ">u4"),
+        raw: "key",
+    }
+
+    assert_loads_as_pickle_does(state, protocol)
+
+
+def test_same_large_bytes_are_one_object():
+    raw = bytes(10_000)
+
+    found = loaded(pickle.dumps([raw, (raw, raw), {"x": (raw,)}], 4))
+
+    assert found[0] is found[1][0]
+    assert found[0] is found[1][1]
+    assert found[0] is found[2]["x"][0]
+
+
+def test_array_takes_its_own_memory_and_no_more():
+    data = pickle.dumps({"w": np.ones(2**21)}, 4)
+    source = io.BytesIO(data)
+    tracemalloc.start()
+
+    mpisave.load(source)
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24 + 2**20
+
+
+@pytest.mark.parametrize("start", [0, 10**12])
+@pytest.mark.parametrize("make", [dict.fromkeys, set, frozenset])
+def test_many_numbers_that_follow_one_another_are_keys(make, start):
+    made = make(range(start, start + 100_000))
+
+    assert loaded(pickle.dumps(made, 4)) == made
+
+
+def test_thousands_of_numbers_in_no_order_are_keys():
+    made = {n * 7919 % 1_000_003: n for n in range(15_000)}
+
+    assert loaded(pickle.dumps(made, 4)) == made
+
+
+def test_names_are_not_undone_from_escapes():
+    with pytest.raises(FileFormatError, match="is refused"):
+        loaded(whole(b"cnum\\x70y\ndtype\n", 2))
+
+
+def test_names_are_shown_so_that_nothing_looks_like_something_else():
+    with pytest.raises(FileFormatError, match=r"n\\u0443mpy\.dtype"):
+        loaded(whole(name("n\u0443mpy", "dtype")))
+
+
+def test_refusal_of_a_value_of_2_to_the_60_parts_takes_no_time():
+    dag = b")" + b"q\x00h\x00\x86" * 60
+    data = whole(INT_DTYPE + b"(K\x03" + string("<") + b"NNN" + dag + dag + b"K\0tb")
+
+    with pytest.raises(FileFormatError, match="opcode BUILD at byte"):
+        loaded(data)
