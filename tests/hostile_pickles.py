@@ -247,6 +247,7 @@ def of_sizes():
     for digits in (10**4, 10**6):
         yield f"INT of {digits}", whole(b"I" + b"9" * digits + b"\n", 0)
         yield f"LONG of {digits}", whole(b"L" + b"9" * digits + b"L\n", 0)
+        yield f"FLOAT of {digits} no digits", whole(b"F" + b"\x80" * 400 + b"\n", 0)
         yield f"FLOAT of {digits}", whole(b"F" + b"9" * digits + b"\n", 0)
         yield f"GET of {digits}", whole(b"g" + b"9" * digits + b"\n", 0)
         yield f"PUT of {digits}", whole(b"Np" + b"9" * digits + b"\n", 0)

@@ -139,8 +139,8 @@ def opcodes(source: Source) -> Iterator[tuple[str, Any, int]]:
             argument = _argument(reader, opcode, source)
         except (ValueError, OverflowError, MemoryError) as exc:
             raise FileFormatError(
-                f"the pickle ends or is altered at byte {reader.at}: {exc} (opcode "
-                f"{name} at byte {offset})"
+                f"the pickle ends or is altered at byte {reader.at}: {exc!s:.200} "
+                f"(opcode {name} at byte {offset})"
             ) from exc
         yield name, argument, offset
 
