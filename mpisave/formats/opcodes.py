@@ -7,6 +7,7 @@ at all: what uses it does, straight into an array.
 from __future__ import annotations
 
 import pickletools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ _WINDOW_NBYTES = 65536
 # Names, and decimal numbers, which take Python quadratic time.
 _LONGEST_LINE = 512
 _NEWEST_PROTOCOL = 5
+_DECIMAL = re.compile(rb"-?(0|[1-9][0-9]*)")
 
 
 @dataclass(eq=False, slots=True)
@@ -152,16 +154,33 @@ def _argument(
         return _payload(reader, opcode.name, source)
     if opcode.arg is None:
         return None
+    is_text = opcode.name == "UNICODE"
+    reader.longest_line = source.nbytes if is_text else _LONGEST_LINE
     if opcode.name == "GLOBAL":
         # pickletools would undo escapes, which no loader does.
         return tuple(reader.readline()[:-1].decode() for _ in ("module", "name"))
-    reader.longest_line = source.nbytes if opcode.name == "UNICODE" else _LONGEST_LINE
+    if opcode.name in ("INT", "LONG", "GET", "PUT"):
+        return _decimal(reader.readline()[:-1], opcode.name)
     argument = opcode.arg.reader(reader)  # type: ignore[arg-type]  # what it uses of IO
     if opcode.name == "PROTO" and argument > _NEWEST_PROTOCOL:
         raise ValueError(f"{argument} is no protocol, or a newer one")
     if opcode.name == "FRAME" and argument > reader.left:
         raise ValueError(f"a frame of {argument} bytes, and {reader.left} are left")
     return argument
+
+
+def _decimal(line: bytes, name: str) -> int:
+    """Return the number that picklers write, in one way only.
+
+    For 010, the loader in C has 8, that in Python an error, and pickletools 10.
+    """
+    if name == "INT" and line in (b"00", b"01"):
+        return line == b"01"
+    if name == "LONG":
+        line = line.removesuffix(b"L")
+    if not _DECIMAL.fullmatch(line):
+        raise ValueError(f"{line!r:.40} is no decimal number")
+    return int(line)
 
 
 def _payload(reader: _Reader, name: str, source: Source) -> bytes | bytearray | Payload:

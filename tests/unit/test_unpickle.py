@@ -747,6 +747,13 @@ def test_thousands_of_numbers_in_no_order_are_keys():
     assert loaded(pickle.dumps(made, 4)) == made
 
 
+@pytest.mark.parametrize("opcode", [b"I", b"L", b"Np", b"N0g"])
+@pytest.mark.parametrize("digits", [b"010", b"0x1", b"1_0", b" 1", b"+1", b"1e1", b""])
+def test_number_that_loaders_read_in_different_ways_is_refused(opcode, digits):
+    with pytest.raises(FileFormatError, match="is no decimal number"):
+        loaded(whole(opcode + digits + b"\n", 2))
+
+
 def test_names_are_not_undone_from_escapes():
     with pytest.raises(FileFormatError, match="is refused"):
         loaded(whole(b"cnum\\x70y\ndtype\n", 2))
