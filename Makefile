@@ -18,7 +18,7 @@ export OMPI_MCA_btl = self,sm
 export OMPI_MCA_osc = ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
-	test-readers test-faults coverage \
+	test-readers test-faults coverage fuzz \
 	bench env clean
 
 env: $(VENV)/ready
@@ -77,6 +77,24 @@ test-readers: $(READY)
 	$(READERS)/paddle/bin/python -m pip install -q setuptools "paddlepaddle==3.3.1" .
 	$(READERS)/paddle/bin/python tests/readers/check.py paddle $(READERS)/files
 
+# Coverage-guided fuzzing of what reads files of others, FUZZ_S seconds each.
+FUZZ_S ?= 60
+FUZZ := PYTHONPATH=$(CURDIR) .venv-fuzz/bin/python
+FUZZ_OPTIONS := -timeout=10 -rss_limit_mb=1024 -artifact_prefix=.fuzz/
+
+.venv-fuzz/ready: setup.cfg
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install -q -e '.[fuzz,bfloat16]'
+	touch $@
+
+fuzz: .venv-fuzz/ready
+	$(FUZZ) tests/fuzz/seeds.py .fuzz
+	mkdir -p .fuzz/index-found .fuzz/unpickle-found
+	$(FUZZ) tests/fuzz/fuzz_index.py -max_total_time=$(FUZZ_S) $(FUZZ_OPTIONS) \
+	    -max_len=8192 -dict=.fuzz/index.dict .fuzz/index-found .fuzz/index
+	$(FUZZ) tests/fuzz/fuzz_unpickle.py -max_total_time=$(FUZZ_S) $(FUZZ_OPTIONS) \
+	    -max_len=4096 .fuzz/unpickle-found .fuzz/unpickle
+
 # Gigabytes and minutes: memory of the root, 5 GiB states, arrays beyond 2 GiB.
 test-slow: $(READY)
 	$(PYTEST) -m slow tests/unit
@@ -111,4 +129,4 @@ docs: $(READY)
 ci: lint types test docs
 
 clean:
-	rm -rf .venv .venv-openmpi docs/_build demo-out build *.egg-info
+	rm -rf .venv .venv-openmpi .venv-fuzz .fuzz docs/_build demo-out build *.egg-info

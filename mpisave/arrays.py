@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ Bytes = npt.NDArray[np.uint8]
 
 # What a file may hold: booleans, integers, floats and complex numbers.
 _KINDS = frozenset("biufc")
+# All that `dtype_name` gives. NumPy would parse more, with Python's own parser:
+# records, subarrays, and what makes it raise SyntaxError.
+_PLAIN_NAME = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 # DLPack's code of memory that the CPU reads (dlpack.h, kDLCPU).
 _DLPACK_CPU = 1
 
@@ -254,13 +258,12 @@ def dtype_from_name(name: str) -> np.dtype[Any]:
         If it needs ml_dtypes, and that is not installed.
     """
     if name[:1] in "<>|=":
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{name!r:.80} is no dtype that a file may hold")
         try:
-            dtype = np.dtype(name)
+            return np.dtype(name)
         except TypeError as exc:
             raise ValueError(f"{name!r} is no dtype") from exc
-        if dtype.kind not in _KINDS:
-            raise ValueError(f"{name!r} is no dtype that a file may hold")
-        return dtype
     try:
         import ml_dtypes
     except ImportError as exc:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PICKLE_PROTO = b"\x80"
+_OLD_PICKLE = b"(])}cIJKMLFGNVX"  # opcodes that push a first value
 # PROTO and its number, SHORT_BINBYTES and its length, and the mark itself.
 _MARK_STOP = 4 + len(pkl.MARK)
 
@@ -33,9 +34,11 @@ def find_index(source: Source) -> tuple[bytes, str] | None:
         raise FileFormatError("the file is empty")
     is_hdf5 = head.startswith(_HDF5_SIGNATURE)
     if not is_hdf5 and not head.startswith(_PICKLE_PROTO):
+        # Pickles of protocol 0 and 1 have no mark.
+        if head[0] in _OLD_PICKLE and source.read(source.nbytes - 1, 1) == b".":
+            return None
         raise FileFormatError(
-            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle "
-            f"of protocol 2 or later"
+            f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle"
         )
     trailer = source.read(
         max(0, source.nbytes - index.TRAILER_NBYTES), index.TRAILER_NBYTES

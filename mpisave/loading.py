@@ -21,7 +21,7 @@ from mpisave.errors import (
     show_key,
 )
 from mpisave.finding import find_index
-from mpisave.formats import foreign_hdf5, index
+from mpisave.formats import foreign_hdf5, index, pkl
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
@@ -62,6 +62,7 @@ def load(
     per_rank: Callable[[int, int], int] | None = None,
     verify: bool = True,
     timeout: float | None = 600.0,
+    allow_pickle: bool = False,
 ) -> Any:
     """Load a file, or what this rank wants of it. Collective over `comm`.
 
@@ -69,7 +70,7 @@ def load(
     through its index; any other pickle by an interpreter that knows arrays, plain
     containers and scalars; any other HDF5 file as dicts of contiguous arrays, after a
     process of its own has inspected it. Nothing that a file names is imported or
-    called, and no other file is read.
+    called, unless `allow_pickle` says so, and no other file is read.
 
     Parameters
     ----------
@@ -104,6 +105,11 @@ def load(
         part is wanted are then read whole. Files of others have none.
     timeout : float or None
         How many seconds a rank waits for the others in one step. None: for ever.
+    allow_pickle : bool
+        **Execute whatever the file says.** Pickles of other programs are then given to
+        `pickle.load`, by every rank for itself, and so are files of mpisave with
+        objects that only it gives back, once their skeleton was verified. Whoever can
+        write the file can run any program as you. Default: refuse such files.
 
     Returns
     -------
@@ -126,7 +132,10 @@ def load(
     OSError
         If the file system refuses.
     """
-    options = _Options(into, missing, unexpected, mmap, verify, keys, per_rank, timeout)
+    options = _Options(
+        *(into, missing, unexpected, mmap, verify, allow_pickle),
+        *(keys, per_rank, timeout),
+    )
     meant = SoloComm() if comm is None else communicator(comm)
     with private_comm(meant, "load", deadline(timeout)) as own:
         return _Load(own, path, options).run(like)
@@ -139,6 +148,7 @@ class _Options:
     unexpected: str
     mmap: bool
     verify: bool
+    allow_pickle: bool
     keys: Any
     per_rank: Any
     timeout: Any
@@ -151,6 +161,7 @@ class _Options:
             "unexpected": ("error", "skip"),
             "mmap": (False, True),
             "verify": (False, True),
+            "allow_pickle": (False, True),
         }
         for name, values in legal.items():
             value = getattr(self, name)
@@ -284,6 +295,8 @@ class _Load:
                     "like=, keys= and mmap= need a file of mpisave: this pickle has no "
                     "index. Load it whole."
                 )
+            if options.allow_pickle:
+                return pkl.load_trusted(source)
             return unpickle(source)
 
     def _compare(
@@ -298,6 +311,8 @@ class _Load:
                     content = index.decode_foreign(head[0], source.nbytes)
                 else:
                     content = index.decode(*head)
+                if self.options.allow_pickle and content.container == "pickle":
+                    content = pkl.with_objects(source, content)
                 self._content = content
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()

@@ -313,7 +313,8 @@ class _Call:
             if is_only_for_pickle(Described(*node)):
                 warn_caller(
                     f"{show_key(node.key)} is an object of type {node.type_name}: "
-                    f"mpisave.load will refuse the file, pickle.load alone reads it"
+                    f"pickle.load alone gives it back, mpisave.load with "
+                    f"allow_pickle=True"
                 )
 
     def stage(self) -> None:

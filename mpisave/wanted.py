@@ -417,8 +417,9 @@ def _show(node: Node) -> str:
 def refuse_opaque(key: Key, value: Opaque) -> None:
     """Refuse an object that only `pickle.load` can give back."""
     raise FileFormatError(
-        f"{show_key(key)} is an object of type {value.type_name}: mpisave does not run "
-        f"code to load a file. If you trust the file, pickle.load reads it."
+        f"{show_key(key)} is an object of type {value.type_name}: mpisave runs no "
+        f"code of a file. Only if you trust whoever wrote it: allow_pickle=True gives "
+        f"it to pickle.load, which executes whatever it says."
     )
 
 

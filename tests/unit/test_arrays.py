@@ -300,6 +300,8 @@ def test_name_of_a_dtype_gives_it_back(dtype):
     "name",
     [
         *("", "<", "<f3", "<O", "|O", "<U4", "|S3", "|V8", "<M8[s]", "<f4,<f4", "=zz"),
+        # NumPy gives these to Python's parser, which raises SyntaxError.
+        *("<02", "<(2,)f4", "<9i4", "<i4, <i4", "<f4\n", "<i\u0664"),
         *("float32", "nothing", "__name__", "finfo", "os", "int4.x"),
     ],
 )

@@ -129,6 +129,7 @@ def test_arguments_of_load_are_frozen():
         ("per_rank", None),
         ("verify", True),
         ("timeout", 600.0),
+        ("allow_pickle", False),
     ]
 
 

@@ -439,7 +439,7 @@ class TestPerRank:
 
     def test_all_of_a_file_with_an_opaque_object_is_refused(self):
         with pytest.raises(
-            FileFormatError, match=r"'x' .* mod\.Hook: mpisave does not"
+            FileFormatError, match=r"'x' .* mod\.Hook: mpisave runs no code"
         ):
             All(opaque("x"), None, None)
 
