@@ -314,7 +314,7 @@ def test_other_object_is_refused_by_hdf5_and_by_load_with_its_key(name):
     with pytest.raises(StateDictError, match=r"'a' is of type"):
         saved(state, True)
 
-    with pytest.warns(UserWarning, match="'a' is an object of type .* alone gives it back"):
+    with pytest.warns(UserWarning, match="'a' is an object of .* gives it back"):
         data = saved(state, False)
     assert pickle.loads(data) == state
     with pytest.raises(FileFormatError, match=r"'a' is an object of type"):
