@@ -17,6 +17,12 @@ _OLD_PICKLE = b"(])}cIJKMLFGNVX"  # opcodes that push a first value
 _MARK_STOP = 4 + len(pkl.MARK)
 
 
+def trailer_of(source: Source) -> bytes:
+    """Return the last bytes of a file: where the index lies, if it has one."""
+    start = max(0, source.nbytes - index.TRAILER_NBYTES)
+    return source.read(start, index.TRAILER_NBYTES)
+
+
 def find_index(source: Source) -> tuple[bytes, str] | None:
     """Return bytes of the index and kind of the file; None: a foreign pickle.
 
@@ -40,10 +46,7 @@ def find_index(source: Source) -> tuple[bytes, str] | None:
         raise FileFormatError(
             f"it begins with {head[:8]!r}: that is neither an HDF5 file nor a pickle"
         )
-    trailer = source.read(
-        max(0, source.nbytes - index.TRAILER_NBYTES), index.TRAILER_NBYTES
-    )
-    found = index.find(trailer, source.nbytes)
+    found = index.find(trailer_of(source), source.nbytes)
     if found is not None:
         tail = source.read(found[0], source.nbytes - found[0])
         return tail, "hdf5" if is_hdf5 else "pickle"

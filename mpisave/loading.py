@@ -20,7 +20,7 @@ from mpisave.errors import (
     StorageError,
     show_key,
 )
-from mpisave.finding import find_index
+from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index, pkl
 from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 # More threads than this in one rank did not read faster.
 _MOST_THREADS = 4
+
+# As often as this, ranks open a file that is replaced while they do so.
+_MOST_TRIES = 20
 
 
 def load(
@@ -209,13 +212,12 @@ class _Load:
         every = self.exchange("check arguments", lambda: self._check(like))
         where = [place for _, place in every]
         self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
-        head = self._index()
-        # Files of others have no checksums.
-        verify = self.options.verify and head is not None and head[1] != index.FOREIGN
         with contextlib.ExitStack() as opened:
             # Closed also where it is another rank that cannot open it.
-            source = self.step(
-                "open the file", lambda: opened.enter_context(self._open())
+            source, head = self._open_same(opened)
+            # Files of others have no checksums.
+            verify = (
+                self.options.verify and head is not None and head[1] != index.FOREIGN
             )
             if head is None:
                 return self.step("load", lambda: self._foreign(source, like))
@@ -258,21 +260,44 @@ class _Load:
             name = os.fsdecode(os.fspath(self.path))
         return (*self.options.check(), ("path", name)), where_this_runs()
 
-    def _index(self) -> tuple[bytes, str] | None:
-        """Return the index, which one rank has read for all; None: a foreign pickle."""
+    def _open_same(
+        self, opened: contextlib.ExitStack
+    ) -> tuple[Source, tuple[bytes, str] | None]:
+        """Open the file, the same on all ranks; return it and its index.
 
-        def find() -> tuple[bytes, str] | None:
-            if self.own.rank != 0:
-                return None
-            with Source(self.path) as source, naming_file(source.name):
-                head = find_index(source)
-                if head is not None and head[1] == index.FOREIGN:
-                    return foreign_hdf5.inspect(source), index.FOREIGN
-                return head
+        A save may put another file at the path at any moment: the index of one file
+        tells nothing of the payload of another. The index is None for a foreign pickle.
+        """
+        for _ in range(_MOST_TRIES):
+            first: list[Source] = []
 
-        head: tuple[bytes, str] | None
-        head = self.own.bcast(self.step("read the index", find))
-        return head
+            def find(first: list[Source] = first) -> tuple[bytes, str] | None:
+                if self.own.rank != 0:
+                    return None
+                first.append(opened.enter_context(Source(self.path)))
+                return _index_of(first[0])
+
+            head: tuple[bytes, str] | None
+            head = self.own.bcast(self.step("read the index", find))
+
+            def open_own(first: list[Source] = first) -> tuple[int, bytes]:
+                if not first:
+                    first.append(opened.enter_context(self._open()))
+                return first[0].nbytes, trailer_of(first[0])
+
+            # Of one content, that is: the trailer has the checksum of the index, and
+            # the index those of the payload.
+            marks = self.exchange("open the file", open_own)
+            is_name = isinstance(self.path, (str, bytes, os.PathLike))
+            if len(set(marks)) == 1 or not is_name:
+                return first[0], head
+            opened.close()
+        # Alike on all ranks: each has compared the same marks.
+        raise FileFormatError(
+            f"{self.path}: {_MOST_TRIES} times, {self.own.size} ranks did not open one "
+            f"and the same file. It is replaced too often, or is not on a file system "
+            f"that all nodes share."
+        )
 
     def _open(self) -> Source:
         try:
@@ -404,6 +429,14 @@ class _Load:
         common = [whole[key] for key in itertools.compress(self._order, by_all)]
         taken = {id(want) for want in common}
         return common, [want for want in wants if id(want) not in taken]
+
+
+def _index_of(source: Source) -> tuple[bytes, str] | None:
+    with naming_file(source.name):
+        head = find_index(source)
+        if head is not None and head[1] == index.FOREIGN:
+            return foreign_hdf5.inspect(source), index.FOREIGN
+        return head
 
 
 def _check_alike(every: Sequence[tuple[tuple[str, Any], ...]]) -> None:

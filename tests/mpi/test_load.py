@@ -1050,13 +1050,14 @@ class TestShared:
         path = put(comm, shared_dir / "x", {"x": noise(10_000, "u1")})
         last, opened = comm.size - 1, loading.Source
 
-        def shrunk(name):
-            if comm.rank == last and opened is not None:
-                return opened(io.BytesIO(path.read_bytes()[:9000]))
-            return opened(name)
+        class Shrunk(opened):
+            def read_into(self, offset, out):
+                done = super().read_into(offset, out)
+                is_payload = comm.rank == last and offset < 10_000
+                return min(done, 9000 - offset) if is_payload else done
 
         with hosts(monkeypatch, comm) as patch:
-            patch.setattr(loading, "Source", shrunk)
+            patch.setattr(loading, "Source", Shrunk)
             assert_refused(
                 comm,
                 mpisave.FileFormatError,
@@ -1193,3 +1194,58 @@ def test_rank_without_memory_for_an_exchange_is_raised_everywhere(
     assert caught.step == "allocate buffers"
     comm.Barrier()
     assert_on_all_ranks(comm, os.listdir(shared_dir) == ["x"], "nothing left")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_file_that_is_replaced_while_ranks_open_it_is_one_state_on_all_of_them(
+    comm, shared_dir, monkeypatch, use_binary_format, times
+):
+    def state(tag):
+        return {"a": np.arange(5 + tag), "b": np.full(20_000, tag, np.int32)}
+
+    how = {"use_binary_format": use_binary_format}
+    path = put(comm, shared_dir / "state", state(0), **how)
+    others = [
+        put(comm, shared_dir / f"other{tag}", state(tag), **how)
+        for tag in range(1, times + 1)
+    ]
+    find = loading.find_index
+
+    def find_and_replace(source):
+        found = find(source)
+        if others:
+            others.pop(0).replace(path)
+        return found
+
+    monkeypatch.setattr(loading, "find_index", find_and_replace)
+
+    found = mpisave.load(path, comm=comm)
+
+    tag = times if comm.size > 1 else 0
+    on_each(comm, lambda: assert_equal_states(found, state(tag)))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_file_that_is_replaced_again_and_again_is_refused_on_all_ranks(
+    comm, shared_dir, monkeypatch
+):
+    from mpi4py import MPI
+
+    path = put(comm, shared_dir / "state", {"a": np.zeros(1)})
+    find, many = loading.find_index, iter(range(2, 1000))
+
+    def find_and_replace(source):
+        found = find(source)
+        other = shared_dir / "other"
+        mpisave.save({"a": np.zeros(next(many))}, other, comm=MPI.COMM_SELF)
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr(loading, "find_index", find_and_replace)
+
+    assert_refused(
+        comm,
+        mpisave.FileFormatError,
+        lambda: mpisave.load(path, comm=comm),
+        "replaced too often",
+    )

@@ -11,6 +11,7 @@ import pytest
 from helpers import assert_equal_states
 
 import mpisave
+from mpisave import loading
 from mpisave.errors import FileFormatError, MpisaveError
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
@@ -278,3 +279,29 @@ def test_copy_of_a_file_loads(tmp_path, whole):
     shutil.copy(tmp_path / "a", tmp_path / "b")
 
     assert_equal_states(mpisave.load(tmp_path / "b"), STATE)
+
+
+# Files that are replaced while they are loaded
+
+
+@pytest.mark.parametrize("use_binary_format", FORMATS)
+@pytest.mark.parametrize("how", [{}, {"verify": False}, {"mmap": True}])
+def test_file_that_is_replaced_between_index_and_payload_loads_as_it_was(
+    tmp_path, monkeypatch, use_binary_format, how
+):
+    old = {"a": np.arange(5), "b": np.full(70_000, 1.5)}
+    path = tmp_path / "state"
+    path.write_bytes(saved(old, use_binary_format))
+    # With the same keys elsewhere in the file.
+    other = tmp_path / "other"
+    other.write_bytes(saved({"b": np.full(9, 2.5), "a": np.arange(7)}, False))
+    find = loading.find_index
+
+    def find_and_replace(source):
+        found = find(source)
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr(loading, "find_index", find_and_replace)
+
+    assert_equal_states(mpisave.load(path, **how), old)
