@@ -106,6 +106,8 @@ test-gpu: $(READY)
 # Damage to files, in tens of thousands of cases: minutes. `make unit` has a short cut.
 test-faults: $(READY)
 	$(BIN)/python tests/faults/corruption.py
+	$(BIN)/python tests/faults/run.py --markdown docs/reliability.md \
+	    $(if $(OTHER),--other-python $(OTHER)) $(FAULTS)
 
 # A real Slurm of two nodes on this machine (Debian, as root), and every batch script.
 test-slurm: $(READY)

@@ -1,0 +1,182 @@
+"""Faults in a rank's own process: at its file calls, and at the steps of save."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import threading
+
+# What Python offers to change a directory or what is in a file.
+NAMES = (
+    "open",
+    "pwrite",
+    "pwritev",
+    "write",
+    "posix_fallocate",
+    "ftruncate",
+    "truncate",
+    "fsync",
+    "fdatasync",
+    "close",
+    "replace",
+    "rename",
+    "link",
+    "unlink",
+    "remove",
+    "chmod",
+    "fchmod",
+    "fchown",
+)
+
+
+class FileCalls:
+    """Counts, and makes fail, the calls of this process on what lies in a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        self.seen = []
+        self.fail_at = None
+        self.error = 0
+        self.fired = ""
+        self._lock = threading.Lock()
+        self._depth = threading.local()
+
+    def _is_here(self, args):
+        first = args[0] if args else None
+        if isinstance(first, int):
+            try:
+                first = pathlib.Path(f"/proc/self/fd/{first}").readlink()
+            except OSError:
+                return False
+        try:
+            text = os.fspath(first)
+        except TypeError:
+            return False
+        return os.fsdecode(text).startswith(self.folder)
+
+    def _wrap(self, name, call):
+        def wrapped(*args, **kwargs):
+            # One of these may call another of them.
+            if getattr(self._depth, "is_in", False) or not self._is_here(args):
+                return call(*args, **kwargs)
+            self._depth.is_in = True
+            try:
+                self._count(name, args)
+                return call(*args, **kwargs)
+            finally:
+                self._depth.is_in = False
+
+        return wrapped
+
+    def _count(self, name, args):
+        with self._lock:
+            self.seen.append(name)
+            fires = len(self.seen) == self.fail_at
+        if not fires:
+            return
+        self.fired = name
+        if name == "close":
+            # As Linux has it: the descriptor is gone, whatever close returns.
+            os.closerange(args[0], args[0] + 1)
+        raise OSError(self.error, os.strerror(self.error))
+
+    @contextlib.contextmanager
+    def watched(self, fail_at=None, error=0):
+        """Count the calls; have call number `fail_at`, from 1, fail."""
+        self.seen, self.fail_at, self.error, self.fired = [], fail_at, error, ""
+        kept = {name: getattr(os, name) for name in NAMES}
+        old_pathlib = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10
+        kept_pathlib = {}
+        for name, call in kept.items():
+            setattr(os, name, self._wrap(name, call))
+            if old_pathlib is not None and hasattr(old_pathlib, name):
+                kept_pathlib[name] = old_pathlib.__dict__[name]
+                setattr(old_pathlib, name, staticmethod(self._wrap(name, call)))
+        try:
+            yield self
+        finally:
+            for name, call in kept.items():
+                setattr(os, name, call)
+            for name, call in kept_pathlib.items():
+                setattr(old_pathlib, name, call)
+
+
+def _act(fault):
+    """Do at a step what a fault is."""
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    if fault == "memory":
+        raise MemoryError("injected")
+    if fault == "interrupt":
+        raise KeyboardInterrupt("injected")
+    number = getattr(errno, fault)
+    raise OSError(number, os.strerror(number))
+
+
+# Steps that move payload communicate: they keep all ranks in step by themselves, and
+# tell of errors of a rank's own part of them, which is its writing.
+MOVING = ("gather and write", "exchange and write")
+
+
+@contextlib.contextmanager
+def _at_write(act):
+    """Have the next write of this rank to a file be preceded by `act`."""
+    from mpisave.storage import StagedFile
+
+    write = StagedFile.write
+
+    def wrapped(*args):
+        act()
+        return write(*args)
+
+    StagedFile.write = wrapped
+    try:
+        yield
+    finally:
+        StagedFile.write = write
+
+
+@contextlib.contextmanager
+def at_step(step, fault, victim, me, fired=None):
+    """Have a fault at the beginning of a step of save, on one rank.
+
+    The one place that knows how a step is reached.
+    """
+    from mpisave import election, saving
+
+    kept = []
+
+    def wrap(function):
+        def wrapped(comm, name, action, *args, **kwargs):
+            def act():
+                if fired is not None:
+                    fired.append(step)
+                _act(fault)
+
+            def faulty():
+                if name != step or me.rank != victim:
+                    return action()
+                if step in MOVING and fault != "kill":
+                    with _at_write(act):
+                        return action()
+                act()
+                return action()
+
+            return function(comm, name, faulty, *args, **kwargs)
+
+        return wrapped
+
+    for module in (saving, election):
+        for name in ("exchange", "on_all_ranks", "through_coordinator"):
+            if hasattr(module, name):
+                kept.append((module, name, getattr(module, name)))
+                setattr(module, name, wrap(getattr(module, name)))
+    try:
+        yield
+    finally:
+        for module, name, function in kept:
+            setattr(module, name, function)
