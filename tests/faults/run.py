@@ -95,7 +95,7 @@ def main(arguments=None):
         shutil.rmtree(options.scratch, ignore_errors=True)
     if options.json:
         report.write_json(options.json)
-    if options.markdown:
+    if options.markdown and "matrix" in options.parts:
         matrix.put_into(options.markdown)
     missed, seconds = report.missed, time.monotonic() - began
     print(
