@@ -179,11 +179,12 @@ class Agreement:
             time.sleep(1e-3)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     if not LAUNCHED:
         return
-    # Ranks that share pytest's temporary folder delete each other's.
+    # Ranks that share pytest's temporary folder delete each other's, and some runs fail
+    # at exit. First: pytest's own plugin reads the option when it is configured.
     config.option.basetemp = tempfile.mkdtemp(prefix="mpisave-pytest-")
     config.add_cleanup(
         lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True)
