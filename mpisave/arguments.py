@@ -255,6 +255,24 @@ def check_alike(every: Sequence[Arguments]) -> None:
         )
 
 
+def check_same(every: Sequence[Sequence[tuple[str, object]]]) -> None:
+    """Refuse arguments that differ between ranks.
+
+    Parameters
+    ----------
+    every : sequence of sequences of (str, object)
+        What each rank was given: name and value, in the same order.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the argument, the ranks and both values.
+    """
+    for column in zip(*every, strict=True):
+        values = [value for _, value in column]
+        _check_same(column[0][0], values, range(len(values)))
+
+
 def _check_same(name: str, values: Sequence[object], ranks: Sequence[int]) -> None:
     for value in values:
         if value != values[0]:

@@ -2,8 +2,8 @@
 
 A step runs an action on every rank and then exchanges what came of it. When it failed
 anywhere, it raises everywhere, with the ranks and hosts on which it failed: nobody goes
-on to wait for a rank that has given up. Actions must not communicate, but for the
-moving of payload, which keeps all ranks in step by itself.
+on to wait for a rank that has given up. Actions must not communicate, but for those of
+`together`, which keep all ranks in step by themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from mpisave.comms import SoloComm
 from mpisave.errors import CollectiveError, Failure, collective_class
 
 if TYPE_CHECKING:
@@ -40,17 +41,28 @@ class _Outcome:
     failure: Failure | None = None
 
 
+def _announced(step: str, action: Callable[[], T]) -> Callable[[], T]:
+    """Return an action before which `testing` may have something happen."""
+
+    def announced() -> T:
+        if before_action is not None:
+            before_action(step)
+        return action()
+
+    return announced
+
+
 def _run(
     comm: Comm, step: str, action: Callable[[], T], *, travels: bool
 ) -> tuple[_Outcome, T | None, BaseException | None]:
     """Run an action; return what to tell the others, its result, what it raised."""
     comm.enter(step)
     try:
-        if before_action is not None:
-            before_action(step)
         result = action()
         return _Outcome(pickle.dumps(result) if travels else b""), result, None
-    except BaseException as exc:  # noqa: BLE001 - whatever it is, all must hear of it
+    except BaseException as exc:
+        if comm.is_over:  # all have heard of it, and nobody listens any more
+            raise
         try:
             text = str(exc)
         except Exception:  # noqa: BLE001 - of a class that is broken itself
@@ -98,7 +110,7 @@ def exchange(comm: Comm, step: str, action: Callable[[], T]) -> list[T]:
     CollectiveError
         On every rank, if `action` raised on any; of the subclass that was raised.
     """
-    outcome, _, exc = _run(comm, step, action, travels=True)
+    outcome, _, exc = _run(comm, step, _announced(step, action), travels=True)
     outcomes = comm.allgather(outcome)
     if any(o.failure for o in outcomes):
         _raise_failed(step, comm.size, outcomes, exc)
@@ -111,6 +123,10 @@ def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
 
     As `exchange`, but results stay where they are.
     """
+    return _agree(comm, step, _announced(step, action))
+
+
+def _agree(comm: Comm, step: str, action: Callable[[], T]) -> T:
     outcome, result, exc = _run(comm, step, action, travels=False)
     outcomes = comm.allgather(outcome if exc else None)
     if any(outcomes):
@@ -118,11 +134,68 @@ def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def alone(step: str, action: Callable[[], T]) -> T:
-    """Run a step that nobody else has part in: what it raises is raised as it is."""
-    if before_action is not None:
-        before_action(step)
-    return action()
+def together(
+    comm: Comm,
+    step: str,
+    move: Callable[[], BaseException | None],
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Run an action in which ranks wait for one another. Collective.
+
+    Parameters
+    ----------
+    comm : Comm
+        All of its ranks begin, or none does.
+    step : str
+        What the error says has failed.
+    move : callable
+        Keeps pace with the other ranks to the end, and returns what failed meanwhile.
+        What it raises is the end of the communicator: other ranks hear of it at once.
+    after : callable
+        What each rank does next by itself, where nothing has failed.
+
+    Raises
+    ------
+    CollectiveError
+        On every rank, if `move` or `after` failed on any.
+    """
+    on_all_ranks(comm, step, lambda: None)
+    with comm.in_step():
+        failed = move()
+
+    def tell() -> None:
+        if failed is not None:
+            raise failed
+        after()
+
+    _agree(comm, step, tell)
+
+
+class Steps:
+    """The steps of a call that one process may make alone.
+
+    Alone, what is raised is raised as it is; with others it is agreed on.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._is_alone = isinstance(comm, SoloComm)
+
+    def step(self, name: str, action: Callable[[], T]) -> T:
+        """Run a step of this rank; go on when all ranks do."""
+        if self._is_alone:
+            return _announced(name, action)()
+        return on_all_ranks(self._comm, name, action)
+
+    def alike(self, name: str, action: Callable[[], T]) -> T:
+        """Run what gives the same on every rank."""
+        return action() if self._is_alone else alike(self._comm, name, action)
+
+    def exchange(self, name: str, action: Callable[[], T]) -> list[T]:
+        """Run a step, and return what each rank made of it."""
+        if self._is_alone:
+            return [_announced(name, action)()]
+        return exchange(self._comm, name, action)
 
 
 def alike(comm: Comm, step: str, action: Callable[[], T]) -> T:
@@ -172,7 +245,7 @@ def through_coordinator(
     CollectiveError
         On every rank, if `action` raised on any, or `combine` on the coordinator.
     """
-    outcome, _, exc = _run(comm, step, action, travels=True)
+    outcome, _, exc = _run(comm, step, _announced(step, action), travels=True)
     outcomes = comm.gather(outcome, root=root)
     answers: list[tuple[bytes | None, list[_Outcome]]] | None = None
     own: U | None = None

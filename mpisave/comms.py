@@ -7,7 +7,7 @@ nonblocking ones, started in the same order on all ranks.
 from __future__ import annotations
 
 import pickle
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +23,8 @@ _Bytes = npt.NDArray[np.uint8]
 
 # What goes ahead of an object: its length, and all of it if it is as short.
 _LENGTH_NBYTES = 8
-_HEAD_NBYTES = 64
+_SHORT_NBYTES = 56
+_HEAD_NBYTES = _LENGTH_NBYTES + _SHORT_NBYTES
 
 # What one collective moves at most: before MPI-4, displacements are C ints.
 _ROUND_NBYTES = 2**30
@@ -57,8 +58,17 @@ class Comm(Protocol):
         """Bytes of small messages that this rank has sent."""
         ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks are out of step for good."""
+        ...
+
     def enter(self, step: str) -> None:
         """Say what this rank is doing."""
+        ...
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Give a context that no rank may leave by an error without telling others."""
         ...
 
     def wait(self, request: Any) -> None:
@@ -92,6 +102,7 @@ class SoloComm:
     rank = 0
     size = 1
     sent_nbytes = 0
+    is_over = False
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
@@ -103,6 +114,10 @@ class SoloComm:
 
     def enter(self, _step: str) -> None:
         """Do nothing: nobody waits."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Do nothing: there is nobody to tell."""
+        return nullcontext()
 
     def wait(self, _request: Any) -> None:
         """Do nothing: there is nobody to wait for."""
@@ -154,9 +169,28 @@ class PrivateComm:
         self.kept: dict[str, Any] = {}
         self._parts: dict[tuple[int, ...], PrivateComm | SoloComm] = {}
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks are out of step for good."""
+        return self.watch.is_over
+
     def enter(self, step: str) -> None:
         """Say what this rank is doing, for those who wait for it in vain."""
         self.watch.step = step
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Give a context that no rank may leave by an error without telling others.
+
+        Raises
+        ------
+        CollectiveError
+            For an error that is none of those.
+        """
+        try:
+            yield
+        except BaseException as exc:  # noqa: BLE001 - leave raises it
+            self.watch.leave(exc)
 
     def wait(self, request: Any) -> None:
         """Wait for a request of `raw`.
@@ -202,8 +236,8 @@ class PrivateComm:
         length = _length(head)
         if self.rank != root:
             data = np.empty(length, np.uint8)
-            data[: _HEAD_NBYTES - _LENGTH_NBYTES] = head[_LENGTH_NBYTES:][:length]
-        if length > _HEAD_NBYTES - _LENGTH_NBYTES:
+            data[:_SHORT_NBYTES] = head[_LENGTH_NBYTES:][:length]
+        if length > _SHORT_NBYTES:
             for first in range(0, length, _ROUND_NBYTES):
                 part = data[first : first + _ROUND_NBYTES]
                 self.wait(self.raw.Ibcast(_bytes(part), root=root))
@@ -242,7 +276,7 @@ class PrivateComm:
         self, data: _Bytes, heads: _Bytes, lengths: npt.NDArray[np.int64], start: Any
     ) -> list[_Bytes]:
         """Return the objects of all ranks, from their heads if all are as short."""
-        if lengths.max() <= _HEAD_NBYTES - _LENGTH_NBYTES:
+        if lengths.max() <= _SHORT_NBYTES:
             return [
                 head[_LENGTH_NBYTES:][:n]
                 for head, n in zip(heads, lengths, strict=True)
@@ -288,7 +322,7 @@ class PrivateComm:
 
     def free(self) -> None:
         """Free the communicator, and what was split from it."""
-        if self.watch.is_over:
+        if self.is_over:
             return  # requests are under way on it, for good
         for part in self._parts.values():
             if isinstance(part, PrivateComm):
@@ -310,7 +344,7 @@ def _byte() -> Any:
 def _head(data: _Bytes) -> _Bytes:
     head = np.zeros(_HEAD_NBYTES, np.uint8)
     head[:_LENGTH_NBYTES] = np.array([data.size], np.int64).view(np.uint8)
-    short = data[: _HEAD_NBYTES - _LENGTH_NBYTES]
+    short = data[:_SHORT_NBYTES]
     head[_LENGTH_NBYTES : _LENGTH_NBYTES + short.size] = short
     return head
 

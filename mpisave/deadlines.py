@@ -142,19 +142,10 @@ class Watch:
                 if request.Test():
                     return
             self._wait_long(request)
-        except CollectiveError:
+        except BaseException as exc:  # noqa: BLE001 - leave raises it
+            # A deadline, KeyboardInterrupt, or an error of MPI.
             _ABANDONED.append(request)
-            raise
-        except BaseException as exc:
-            # KeyboardInterrupt, or an error of MPI: the others must not wait for this.
-            _ABANDONED.append(request)
-            self._leave(exc)
-            if isinstance(exc, Exception):
-                raise CollectiveError(
-                    f"{self._where()}: {exc} (rank {self.rank}, {self.host})",
-                    step=self.step,
-                ) from exc
-            raise
+            self.leave(exc)
 
     def _wait_long(self, request: Any) -> None:
         began = time.monotonic()
@@ -233,15 +224,23 @@ class Watch:
             _dump_stacks(self.rank, self.host)
         raise self._error(roll)
 
-    def _leave(self, exc: BaseException) -> None:
-        """Tell all ranks that this one no longer takes part."""
-        if self._over is not None:
-            return
-        failure = Failure(self.rank, self.host, type(exc).__name__, str(exc))
-        self._over = f"{failure} left step {self.step!r} of {self._call}."
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        self._send(others, ("left", self._over, failure))
-        _end_without_waiting()
+    def leave(self, exc: BaseException) -> NoReturn:
+        """Raise `exc`, of this rank, where others wait for it: tell them all.
+
+        Raises
+        ------
+        CollectiveError
+            For any other Exception.
+        """
+        if self._over is None:
+            failure = Failure(self.rank, self.host, type(exc).__name__, str(exc))
+            self._over = f"{failure} left step {self.step!r} of {self._call}."
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            self._send(others, ("left", self._over, failure))
+            _end_without_waiting()
+        if isinstance(exc, CollectiveError) or not isinstance(exc, Exception):
+            raise exc
+        raise CollectiveError(f"{self._where()}: {self._over}", step=self.step) from exc
 
     def _error(self, roll: _Roll) -> CollectiveError:
         if roll.failure is not None:

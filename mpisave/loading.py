@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpisave.arguments import deadline, parse_timeout
-from mpisave.collective import alike, alone, exchange, on_all_ranks
+from mpisave.arguments import check_same, deadline, parse_timeout
+from mpisave.collective import Steps
 from mpisave.comms import SoloComm, private_comm
 from mpisave.errors import (
     ArgumentError,
@@ -23,7 +23,7 @@ from mpisave.errors import (
 from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index, pkl
 from mpisave.formats.unpickle import unpickle
-from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
+from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
 from mpisave.sharing import read_shared
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from mpisave.wanted import Want
 
 T = TypeVar("T")
-
-# More threads than this in one rank did not read faster.
-_MOST_THREADS = 4
 
 # As often as this, ranks open a file that is replaced while they do so.
 _MOST_TRIES = 20
@@ -178,40 +175,21 @@ class _Options:
         return tuple((name, getattr(self, name)) for name in legal)
 
 
-class _Load:
+class _Load(Steps):
     """One call of load on one rank."""
 
     def __init__(self, own: Comm, path: Any, options: _Options) -> None:
+        super().__init__(own)
         self.own = own
         self.path = path
         self.options = options
-
-    # Alone, what is raised is raised as it is; with others it is agreed on.
-
-    def step(self, name: str, action: Callable[[], T]) -> T:
-        """Run a step of this rank; go on when all ranks do."""
-        if isinstance(self.own, SoloComm):
-            return alone(name, action)
-        return on_all_ranks(self.own, name, action)
-
-    def alike(self, name: str, action: Callable[[], T]) -> T:
-        """Run what gives the same on every rank."""
-        if isinstance(self.own, SoloComm):
-            return action()
-        return alike(self.own, name, action)
-
-    def exchange(self, name: str, action: Callable[[], T]) -> list[T]:
-        """Run a step, and return what each rank made of it."""
-        if isinstance(self.own, SoloComm):
-            return [alone(name, action)]
-        return exchange(self.own, name, action)
 
     def run(self, like: Any) -> Any:
         """Load, all ranks going on together or not at all."""
         own = self.own
         every = self.exchange("check arguments", lambda: self._check(like))
         where = [place for _, place in every]
-        self.alike("check arguments", lambda: _check_alike([o for o, _ in every]))
+        self.alike("check arguments", lambda: check_same([o for o, _ in every]))
         with contextlib.ExitStack() as opened:
             # Closed also where it is another rank that cannot open it.
             source, head = self._open_same(opened)
@@ -229,7 +207,7 @@ class _Load:
                     read_shared(own, source, common, verify=verify)
             if own.size > 1 and like is not None:
                 wants = read_regrouped(own, source, wants, self._arrays, verify=verify)
-            threads = min(_MOST_THREADS, cores_of(where, own.rank))
+            threads = threads_of(where, own.rank)
 
             def read_own() -> tuple[int, int]:
                 with naming_file(source.name):
@@ -337,7 +315,7 @@ class _Load:
                 else:
                     content = index.decode(*head)
                 if self.options.allow_pickle and content.container == "pickle":
-                    content = pkl.with_objects(source, content)
+                    content = _with_objects(source, content)
                 self._content = content
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
@@ -431,19 +409,19 @@ class _Load:
         return common, [want for want in wants if id(want) not in taken]
 
 
+def _with_objects(source: Source, content: index.Index) -> index.Index:
+    """Return what a file holds, with the objects that `pickle.load` has to make."""
+    if not any(isinstance(node.value, index.Opaque) for node in content.nodes):
+        return content
+    wrong = is_altered(content, [read_part(source, content, 0, 1)])
+    if wrong:
+        raise FileFormatError(f"{wrong}. It was not executed.")
+    return pkl.with_objects(source, content)
+
+
 def _index_of(source: Source) -> tuple[bytes, str] | None:
     with naming_file(source.name):
         head = find_index(source)
         if head is not None and head[1] == index.FOREIGN:
             return foreign_hdf5.inspect(source), index.FOREIGN
         return head
-
-
-def _check_alike(every: Sequence[tuple[tuple[str, Any], ...]]) -> None:
-    for rank, options in enumerate(every):
-        for (name, first), (_, other) in zip(every[0], options, strict=True):
-            if first != other:
-                raise ArgumentError(
-                    f"{name} differs between ranks: {first!r} on rank 0, {other!r} on "
-                    f"rank {rank}. All ranks must give the same."
-                )

@@ -43,8 +43,12 @@ def communicator(comm: Any) -> Any:
     return comm
 
 
-def cores_of(ranks: Sequence[tuple[str, int, int]], rank: int) -> int:
-    """Return how many cores a rank has for itself.
+# More threads than this in one rank neither wrote nor read faster.
+_MOST_THREADS = 4
+
+
+def threads_of(ranks: Sequence[tuple[str, int, int]], rank: int) -> int:
+    """Return with how many threads a rank works: one for each core that it has alone.
 
     Parameters
     ----------
@@ -53,7 +57,8 @@ def cores_of(ranks: Sequence[tuple[str, int, int]], rank: int) -> int:
     rank : int
         Which one is asked about.
     """
-    return max(1, ranks[rank][1] // ranks.count(ranks[rank]))
+    own_cores = ranks[rank][1] // ranks.count(ranks[rank])
+    return min(_MOST_THREADS, max(1, own_cores))
 
 
 def where_this_runs() -> tuple[str, int, int]:

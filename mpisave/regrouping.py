@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.checksum import BLOCK_NBYTES
-from mpisave.collective import exchange, on_all_ranks
+from mpisave.collective import exchange, on_all_ranks, together
 from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
 from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
@@ -203,24 +203,22 @@ class _Regrouping:
 
     def run(self) -> None:
         """Read and pass on all chunks; then all ranks agree."""
-        for together in self._rounds:
-            self._round(together)
 
-        def check() -> None:
-            with naming_file(self._source.name):
-                if self._error is not None:
-                    raise self._error
+        def move() -> BaseException | None:
+            for found in self._rounds:
+                self._round(found)
+            return self._error
 
-        on_all_ranks(self._comm, "read and exchange", check)
+        together(self._comm, "read and exchange", move)
 
-    def _round(self, together: Sequence[Chunk]) -> None:
+    def _round(self, found: Sequence[Chunk]) -> None:
         rank, size = self._comm.rank, self._comm.size
         sent = np.zeros(size, np.int64)
         got = np.zeros(size, np.int64)
         outgoing: list[Move] = []
         incoming: list[tuple[int, Move]] = []
         mine: Chunk | None = None
-        for chunk in together:
+        for chunk in found:
             array = self._woven[chunk.array]
             for move in moves(array, chunk):
                 nbytes = math.prod(move.count) * array.itemsize
@@ -235,7 +233,8 @@ class _Regrouping:
         received = self._received[: int(got.sum())]
         try:
             if mine is not None and self._error is None:
-                self._pack(mine, outgoing, packed, sent)
+                with naming_file(self._source.name):
+                    self._pack(mine, outgoing, packed, sent)
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             self._error = exc
         alltoallv(self._comm, packed, sent, received, got)

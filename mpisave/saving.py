@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, deadline, parse
-from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
+from mpisave.collective import (
+    alike,
+    exchange,
+    on_all_ranks,
+    through_coordinator,
+    together,
+)
 from mpisave.comms import private_comm
 from mpisave.election import create_for_all, create_for_roots
 from mpisave.errors import show_key
@@ -20,7 +26,7 @@ from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
 from mpisave.metadata import Described, describe
 from mpisave.parts import Part, divide
-from mpisave.placement import communicator, cores_of, warn_caller, where_this_runs
+from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
 from mpisave.plan import buffers
 from mpisave.replicas import digests_of
 from mpisave.report import Clock, SaveReport
@@ -44,9 +50,6 @@ if TYPE_CHECKING:
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
-
-# More threads than this in one rank did not write faster.
-_MOST_THREADS = 4
 
 # Plans that are kept with a communicator: parameters and moments, and a pair to spare.
 _MOST_PLANS = 4
@@ -180,7 +183,7 @@ class _Call:
         alike(own, "check arguments", lambda: check_alike([a for a, *_ in every]))
         # Where each rank that writes does so, links resolved; None for a file object.
         self.paths = [path for _, path, _ in every]
-        self.threads = min(_MOST_THREADS, cores_of([w for *_, w in every], own.rank))
+        self.threads = threads_of([w for *_, w in every], own.rank)
         self.roots = self.args.roots
         # Who seals the file of each rank: the lowest that gave the same path.
         firsts: dict[str | None, int] = {}
@@ -370,7 +373,7 @@ class _Call:
 
             on_all_ranks(self.own, "write", write)
         else:
-            on_all_ranks(self.own, "gather and write", self._gather)
+            together(self.own, "gather and write", self._gather)
         if is_woven:
             for number, sealer in self._files:
                 self._exchange(number, sealer, flushes=flushes)
@@ -416,10 +419,12 @@ class _Call:
         sizes = buffers(self.args.max_nbytes, len(routes))
         self.gather = Gather(self.comm, routes, self.held, sizes)
 
-    def _gather(self) -> None:
-        if self.gather is not None:
-            self.gather.move(self.moved)
-            self.gather = None  # and its buffers
+    def _gather(self) -> BaseException | None:
+        if self.gather is None:
+            return None
+        failed = self.gather.move(self.moved)
+        self.gather = None  # and its buffers
+        return failed
 
     def _new_exchange(self, number: int, sealer: int) -> Exchange:
         part = self.part.files[number]
@@ -440,12 +445,13 @@ class _Call:
             self.own, "allocate buffers", lambda: self._new_exchange(number, sealer)
         )
 
-        def move() -> None:
-            transport.move(self.moved)
+        def flush() -> None:
             if flushes and self.target is not None:
                 self.target.sync()
 
-        on_all_ranks(self.own, "exchange and write", move)
+        together(
+            self.own, "exchange and write", lambda: transport.move(self.moved), flush
+        )
 
     def seal(self) -> None:
         """Write the index, and make all of it durable."""
@@ -463,6 +469,7 @@ class _Call:
             moved.of_streams.get(self.comm.rank),
             moved.of_chunks.get(self.comm.rank),
         )
+        self.own.enter("seal")
         every = self.comm.gather(mine, root=sealer)
         if self.roots is None and every is not None:
             moved.of_streams = {

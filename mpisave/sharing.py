@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.collective import on_all_ranks
+from mpisave.collective import on_all_ranks, together
 from mpisave.errors import FileFormatError
 from mpisave.reading import check_blocks, naming_file
 
@@ -56,22 +56,21 @@ def read_shared(
     window = on_all_ranks(
         comm, "allocate buffers", lambda: np.empty(WINDOW_NBYTES, np.uint8)
     )
-    failed: BaseException | None = None
-    for first, stop in _windows(ordered):
-        edges = first + (stop - first) * np.arange(comm.size + 1) // comm.size
-        mine, end = edges[comm.rank] - first, edges[comm.rank + 1] - first
-        try:
-            if failed is None:
-                _fill(source, int(edges[comm.rank]), window[mine:end])
-        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
-            failed = exc
-        _pass_on(comm, window, edges - first)
-        _copy(ordered, first, window[: stop - first])
 
-    def tell() -> None:
-        if failed is not None:
-            with naming_file(source.name):
-                raise failed
+    def move() -> BaseException | None:
+        failed: BaseException | None = None
+        for first, stop in _windows(ordered):
+            edges = first + (stop - first) * np.arange(comm.size + 1) // comm.size
+            mine, end = edges[comm.rank] - first, edges[comm.rank + 1] - first
+            try:
+                if failed is None:
+                    with naming_file(source.name):
+                        _fill(source, int(edges[comm.rank]), window[mine:end])
+            except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+                failed = exc
+            _pass_on(comm, window, edges - first)
+            _copy(ordered, first, window[: stop - first])
+        return failed
 
     def check() -> None:
         with naming_file(source.name):
@@ -79,7 +78,7 @@ def read_shared(
                 check_blocks(want.stored, want.array.reshape(-1).view(np.uint8).data)
 
     # First who could not read: what came instead is altered for all.
-    on_all_ranks(comm, "read", tell)
+    together(comm, "read", move)
     if verify:
         on_all_ranks(comm, "read", check)
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mpisave.arguments import deadline, parse_timeout
+from mpisave.arguments import check_same, deadline, parse_timeout
 from mpisave.checksum import BLOCK_NBYTES, crc32c
-from mpisave.collective import alike, alone, exchange
+from mpisave.collective import Steps
 from mpisave.comms import SoloComm, private_comm
-from mpisave.errors import ArgumentError, FileFormatError, show_key
+from mpisave.errors import FileFormatError, show_key
 from mpisave.finding import find_index
 from mpisave.formats import index
 from mpisave.formats.digest import array_crc32c, state_digest
-from mpisave.placement import communicator, cores_of, where_this_runs
+from mpisave.placement import communicator, threads_of, where_this_runs
 from mpisave.reading import naming_file
 from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import BinaryIO
 
     from mpi4py import MPI
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from mpisave.errors import Key
 
 T = TypeVar("T")
-
-# As many as a load reads with.
-_MOST_THREADS = 4
 
 # Blocks that are closer together than this are read in one.
 _GAP_NBYTES = 4096
@@ -126,41 +123,20 @@ def verify(
     """
     meant = SoloComm() if comm is None else communicator(comm)
     with private_comm(meant, "verify", deadline(timeout)) as own:
-        every = _exchange(own, "check arguments", lambda: _parse(path, timeout))
-        _alike(own, "check arguments", lambda: _check_alike([n for n, _ in every]))
-        (head, *_) = _exchange(own, "read the index", lambda: _index(own, path))
-        threads = min(_MOST_THREADS, cores_of([where for _, where in every], own.rank))
-        found = _exchange(own, "verify", lambda: _check(own, path, head, threads))
-        return _alike(own, "verify", lambda: _report(head, found))
+        call = Steps(own)
+        every = call.exchange("check arguments", lambda: _parse(path, timeout))
+        call.alike("check arguments", lambda: check_same([given for given, _ in every]))
+        (head, *_) = call.exchange("read the index", lambda: _index(own, path))
+        threads = threads_of([where for _, where in every], own.rank)
+        found = call.exchange("verify", lambda: _check(own, path, head, threads))
+        return call.alike("verify", lambda: _report(head, found))
 
 
-# Alone, what is raised is raised as it is; with others it is agreed on.
-
-
-def _exchange(own: Comm, name: str, action: Callable[[], T]) -> list[T]:
-    if isinstance(own, SoloComm):
-        return [alone(name, action)]
-    return exchange(own, name, action)
-
-
-def _alike(own: Comm, name: str, action: Callable[[], T]) -> T:
-    return action() if isinstance(own, SoloComm) else alike(own, name, action)
-
-
-def _parse(path: Any, timeout: Any) -> tuple[str | None, Any]:
+def _parse(path: Any, timeout: Any) -> tuple[tuple[tuple[str, str | None]], Any]:
     parse_timeout(timeout)
     is_name = isinstance(path, (str, os.PathLike))
     name = os.fsdecode(os.fspath(path)) if is_name else None
-    return name, where_this_runs()
-
-
-def _check_alike(names: Sequence[str | None]) -> None:
-    for rank, name in enumerate(names):
-        if name != names[0]:
-            raise ArgumentError(
-                f"path differs between ranks: {names[0]!r} on rank 0, {name!r} on rank "
-                f"{rank}. All ranks must give the same."
-            )
+    return (("path", name),), where_this_runs()
 
 
 def _index(own: Comm, path: Any) -> tuple[bytes, str] | None:

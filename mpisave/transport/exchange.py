@@ -110,21 +110,20 @@ class Exchange:
         self._sums = BlockSums()
         self._error: BaseException | None = None
 
-    def move(self, moved: Moved) -> None:
+    def move(self, moved: Moved) -> BaseException | None:
         """Exchange and write all chunks. Collective.
 
-        Raises
-        ------
-        Exception
-            What failed on this rank, after it has kept pace with the others: the
-            caller has all ranks agree on it.
+        Returns
+        -------
+        BaseException or None
+            What failed on this rank, which has kept pace with the others: the caller
+            has all ranks agree on it.
         """
         for together in self._rounds:
             self._round(together, moved)
         if self._sums.values:  # where this rank writes the file
             moved.of_chunks[self._comm.rank] = np.array(self._sums.values, np.uint32)
-        if self._error is not None:
-            raise self._error
+        return self._error
 
     def _round(self, together: Sequence[Chunk], moved: Moved) -> None:
         rank, size = self._comm.rank, self._comm.size

@@ -91,7 +91,7 @@ class Gather:
         for end in self._ends:
             end.finish()
 
-    def move(self, moved: Moved) -> None:
+    def move(self, moved: Moved) -> BaseException | None:
         """Move all streams to their roots and write them. Collective.
 
         Parameters
@@ -99,11 +99,11 @@ class Gather:
         moved : Moved
             Told what arrived and was written here.
 
-        Raises
-        ------
-        Exception
-            What failed on this rank, after it has kept pace with the others: the
-            caller has all ranks agree on it.
+        Returns
+        -------
+        BaseException or None
+            What failed on this rank, which has kept pace with the others: the caller
+            has all ranks agree on it.
         """
         for end in self._ends:
             end.start()
@@ -116,9 +116,7 @@ class Gather:
             if isinstance(end, _Root):
                 moved.of_streams.update(enumerate(every))
                 moved.written_s += end.written_s
-        for end in self._ends:
-            if end.error:
-                raise end.error
+        return next((end.error for end in self._ends if end.error), None)
 
     def _all_rounds(self, moved: Moved) -> None:
         for number in itertools.count(1):

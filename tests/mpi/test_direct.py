@@ -173,7 +173,7 @@ class TestFile:
     ):
         # Rows that end within a block of 1 MiB, in writes of 4 MiB at most; replicas
         # in shares; and small arrays that are written together.
-        monkeypatch.setattr(saving, "cores_of", lambda *_: threads)
+        monkeypatch.setattr(saving, "threads_of", lambda *_: threads)
         size, path = comm.size, shared_dir / "x"
         rows = noise((9000, 1001), "u1", 1)
         every = noise(3 * 2**20 + 17, "u1", 2)
@@ -818,7 +818,7 @@ class TestFailures:
     def test_failure_of_one_of_several_threads_is_raised_everywhere(
         self, comm, shared_dir, monkeypatch
     ):
-        monkeypatch.setattr(saving, "cores_of", lambda *_: 4)
+        monkeypatch.setattr(saving, "threads_of", lambda *_: 4)
         old, last = put_old(comm, shared_dir / "x"), comm.size - 1
         write = storage.StagedFile.write
 

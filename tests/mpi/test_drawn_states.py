@@ -255,7 +255,7 @@ def settled(drawn):
             patch.setattr("mpisave.regrouping.CHUNK_NBYTES", 100)
             patch.setattr("mpisave.reading._SHORTEST_RUN_NBYTES", 32)
         for module in ("saving", "loading"):
-            patch.setattr(f"mpisave.{module}.cores_of", lambda *_: drawn["threads"])
+            patch.setattr(f"mpisave.{module}.threads_of", lambda *_: drawn["threads"])
         patch.setattr(arrays, "device_library", FakeDeviceLibrary)
         yield
 

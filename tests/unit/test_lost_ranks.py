@@ -167,8 +167,75 @@ raise told(lambda: save(gather_to=0, max_grouped_size="4M"))
 """
     )
 
-    assert_timed_out(found.told, [1], 3)
+    # The deadline, and the roll: once.
+    assert_timed_out(found.told, [1], 3, within_s=5.5)
     assert {t["step"] for t in found.told} == {"gather and write"}
+
+
+def test_rank_that_is_interrupted_while_it_packs_tells_the_others(job):
+    found = job(
+        """
+state[f"large{comm.rank}"] = np.ones(2**21)
+from mpisave.transport import gather
+send = gather._Sender._gatherv
+def interrupted(self, data, calls=[]):
+    calls.append(1)
+    if len(calls) == 3:
+        raise KeyboardInterrupt
+    send(self, data)
+if comm.rank == 1:
+    gather._Sender._gatherv = interrupted
+told(lambda: save(gather_to=0, max_grouped_size="4M", timeout=60))
+time.sleep(2)
+os._exit(0)
+"""
+    )
+
+    kinds = [t["type"] for t in found.told]
+    assert kinds == ["CollectiveError", "KeyboardInterrupt", "CollectiveError"]
+    assert all(t["seconds"] < 5 for t in found.told)
+    assert found.told[0]["failures"] == found.told[2]["failures"] == [1]
+
+
+def test_groups_of_which_a_rank_is_stopped_wait_once(job):
+    found = job(
+        """
+state = {"x": np.ones(9)}
+mpisave.save(state, f"warm.{comm.rank // 3}", comm=comm)
+from mpisave import saving
+divide = saving.divide
+def stopping(*args, **how):
+    os.kill(os.getpid(), signal.SIGSTOP)
+if comm.rank == 0:
+    saving.divide = stopping
+state["y"] = np.ones(3)
+raise told(lambda: mpisave.save(state, f"x.{comm.rank // 3}", timeout=2))
+""",
+        ranks=4,
+    )
+
+    assert_timed_out(found.told, [0], 4, within_s=5.5)
+
+
+def test_deadline_of_a_step_that_reads_together_names_that_step(job):
+    found = job(
+        """
+save()
+from mpisave import sharing
+pass_on = sharing._pass_on
+def stopping(*args):
+    os.kill(os.getpid(), signal.SIGSTOP)
+if comm.rank == 1:
+    sharing._pass_on = stopping
+import mpisave.loading as loading
+place = loading.where_this_runs
+loading.where_this_runs = lambda: (f"node{comm.rank}", *place()[1:])
+raise told(lambda: mpisave.load("x.params", comm=comm, timeout=2))
+"""
+    )
+
+    assert_timed_out(found.told, [1], 3, within_s=5.5)
+    assert {t["step"] for t in found.told} == {"read"}
 
 
 def test_job_of_which_a_rank_is_killed_ends_at_once(job):

@@ -306,7 +306,7 @@ def test_memory_is_bounded_and_threads_share_the_work(tmp_path, monkeypatch):
         return read_into(source, offset, out)
 
     monkeypatch.setattr(Source, "read_into", watch)
-    monkeypatch.setattr(verifying, "cores_of", lambda *_: 3)
+    monkeypatch.setattr(verifying, "threads_of", lambda *_: 3)
 
     mpisave.verify(path)
 
