@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mpisave.checksum import combine, crc32c
 from mpisave.errors import FileFormatError
+from mpisave.formats.base import gaps
 from mpisave.formats.index import Stored
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def read_part(source: Source, index: Index, rank: int, size: int) -> tuple[int, 
     FileFormatError
         If bytes are missing.
     """
-    starts, stops = _part(*_gaps(index), rank, size)
+    extents = [node.value.extent for node in index.nodes if type(node.value) is Stored]
+    starts, stops = _part(*gaps(extents, index.nbytes), rank, size)
     memory = np.empty(_WINDOW_NBYTES, np.uint8).data
     value, held = 0, 0
     for run in _runs(starts, stops):
@@ -88,18 +90,6 @@ def is_altered(index: Index, parts: Sequence[tuple[int, int]]) -> str:
         f"objects) is altered: its CRC-32C is {found:#010x}, not "
         f"{index.skeleton_crc32c:#010x}"
     )
-
-
-def _gaps(index: Index) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return where what is not payload begins and ends, as `formats.base.gaps` does."""
-    extents = [node.value.extent for node in index.nodes if type(node.value) is Stored]
-    offsets = np.array([extent.offset for extent in extents], np.int64)
-    stops = np.array([extent.nbytes for extent in extents], np.int64) + offsets
-    filled = stops > offsets  # an empty array lies anywhere
-    order = np.argsort(offsets[filled])
-    starts = np.concatenate([[0], stops[filled][order]]).astype(np.int64)
-    ends = np.append(offsets[filled][order], index.nbytes)
-    return starts[ends > starts], ends[ends > starts]
 
 
 def _part(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from mpisave.checksum import crc32c
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
     from mpisave.merging import Merged
     from mpisave.metadata import Described
@@ -67,15 +70,17 @@ class Layout:
             yield start, bytes(run)
 
 
-def gaps(extents: Sequence[Extent], nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield offset and stop of what lies outside of `extents`, up to `nbytes`."""
-    offset = 0
-    for extent in sorted(extents, key=lambda e: (e.offset, e.nbytes)):
-        if extent.offset > offset:
-            yield offset, extent.offset
-        offset = max(offset, extent.stop)
-    if nbytes > offset:
-        yield offset, nbytes
+def gaps(
+    extents: Iterable[Extent], nbytes: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return where what lies outside of `extents`, up to `nbytes`, begins and ends."""
+    table = np.array([(e.offset, e.nbytes) for e in extents], np.int64).reshape(-1, 2)
+    table = table[table[:, 1] > 0]  # an empty array lies anywhere
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    stops = np.maximum.accumulate(table.sum(axis=1))
+    begins = np.concatenate([[0], stops]).astype(np.int64)
+    ends = np.append(table[:, 0], nbytes)
+    return begins[ends > begins], ends[ends > begins]
 
 
 class Format(Protocol):

@@ -99,9 +99,10 @@ class HDF5Format:
         if not any(memory.peek(MARK_OFFSET, MARK_OFFSET + len(MARK))):
             memory.seek(MARK_OFFSET)
             memory.write(MARK)
+        begins, ends = (column.tolist() for column in gaps(extents, nbytes))
         skeleton = tuple(
             (offset, memory.peek(offset, stop))
-            for offset, stop in gaps(extents, nbytes)
+            for offset, stop in zip(begins, ends, strict=True)
         )
         return Layout(skeleton, tuple(extents), nbytes)
 

@@ -349,10 +349,14 @@ def test_opaque_object_is_named_and_refused_when_the_state_is_asked_for():
 def test_gaps_are_what_lies_outside_of_the_extents():
     extents = [Extent(20, 5), Extent(4, 6), Extent(10, 0), Extent(0, 0), Extent(10, 2)]
 
-    assert list(gaps(extents, 30)) == [(0, 4), (12, 20), (25, 30)]
-    assert list(gaps([], 5)) == [(0, 5)]
-    assert list(gaps([Extent(0, 5)], 5)) == []
-    assert list(gaps([], 0)) == []
+    def found(extents, nbytes):
+        begins, ends = gaps(extents, nbytes)
+        return list(zip(begins.tolist(), ends.tolist(), strict=True))
+
+    assert found(extents, 30) == [(0, 4), (12, 20), (25, 30)]
+    assert found([], 5) == [(0, 5)]
+    assert found([Extent(0, 5)], 5) == []
+    assert found([], 0) == []
 
 
 def test_skeleton_is_written_in_few_runs_with_zeros_where_small_extents_go():
