@@ -17,6 +17,7 @@ from mpisave.arrays import is_ml_dtype, stored_dtype
 from mpisave.errors import StateDictError, show_key
 from mpisave.formats.base import ALIGNMENT, Layout, gaps
 from mpisave.formats.objects import stored_scalar, to_json
+from mpisave.formats.sparse import SparseFile
 from mpisave.plan import Extent
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _LONGEST_ATTRIBUTE = 32 * 1024
 _LONGEST_NAME = 16 * 1024
 
 _MOST_AXES = 32  # H5S_MAX_RANK
-
-_PAGE = 4096
 
 # Behind the superblock of version 2, which has 48 bytes, nothing lies up to the next
 # multiple of the alignment. A file that has this there, and no index, lost it.
@@ -92,7 +91,7 @@ class HDF5Format:
         """Return skeleton and extents of `merged`."""
         import h5py
 
-        memory = _SparseFile()
+        memory = SparseFile()
         extents = _Builder(h5py, memory).build(merged, facts)
         nbytes = memory.nbytes
         # As far as HDF5 puts nothing there: a mark is no reason to spoil a file.
@@ -132,7 +131,7 @@ def _check(node: Described) -> None:
 class _File:
     """An HDF5 file that is being written, with its open groups."""
 
-    def __init__(self, h5py: Any, memory: _SparseFile) -> None:
+    def __init__(self, h5py: Any, memory: SparseFile) -> None:
         self._h5f, self._h5g, h5p = h5py.h5f, h5py.h5g, h5py.h5p
         self._access = h5p.create(h5p.FILE_ACCESS)
         self._access.set_fclose_degree(self._h5f.CLOSE_STRONG)
@@ -190,7 +189,7 @@ class _File:
 class _Builder:
     """Creates groups, datasets and attributes of a merged state."""
 
-    def __init__(self, h5py: Any, memory: _SparseFile) -> None:
+    def __init__(self, h5py: Any, memory: SparseFile) -> None:
         self._h5py = h5py
         self._file = _File(h5py, memory)
         self._made: dict[Any, tuple[Any, Any, int, str]] = {}
@@ -389,73 +388,3 @@ def _readable(value: Any) -> Any:
 
 # Python reads no decimals of more than 4,300 digits.
 _MOST_BITS = 14_000
-
-
-class _SparseFile:
-    """A file in memory that holds only the pages that were written."""
-
-    def __init__(self) -> None:
-        self._pages: dict[int, bytearray] = {}
-        self._position = 0
-        self.nbytes = 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, self.nbytes)[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any) -> int:
-        position, done, nbytes = self._position, 0, len(data)
-        while done < nbytes:
-            page, start = divmod(position + done, _PAGE)
-            part = data[done : done + _PAGE - start]
-            held = self._pages.get(page)
-            if held is None:
-                held = self._pages[page] = bytearray(_PAGE)
-            held[start : start + len(part)] = part
-            done += len(part)
-        self._position = stop = position + done
-        if stop > self.nbytes:
-            self.nbytes = stop
-        return done
-
-    def readinto(self, out: Any) -> int:
-        view = memoryview(out).cast("B")
-        stop = min(self._position + view.nbytes, max(self.nbytes, self._position))
-        data = self.peek(self._position, stop)
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def read(self, nbytes: int = -1) -> bytes:
-        stop = self.nbytes if nbytes < 0 else min(self.nbytes, self._position + nbytes)
-        data = self.peek(self._position, stop)
-        self._position += len(data)
-        return data
-
-    def truncate(self, nbytes: int | None = None) -> int:
-        self.nbytes = self._position if nbytes is None else nbytes
-        return self.nbytes
-
-    def flush(self) -> None:
-        """Do nothing: all is in memory."""
-
-    def peek(self, start: int, stop: int) -> bytes:
-        """Return bytes without moving; what was never written is zero."""
-        page, skip = divmod(start, _PAGE)
-        held = self._pages.get(page)
-        if held is not None and skip + stop - start <= _PAGE:
-            return bytes(held[skip : skip + stop - start])
-        out = bytearray(max(0, stop - start))
-        done = 0
-        while done < len(out):
-            page, skip = divmod(start + done, _PAGE)
-            nbytes = min(_PAGE - skip, len(out) - done)
-            held = self._pages.get(page)
-            if held is not None:
-                out[done : done + nbytes] = held[skip : skip + nbytes]
-            done += nbytes
-        return bytes(out)
