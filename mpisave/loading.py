@@ -26,11 +26,12 @@ from mpisave.formats.unpickle import unpickle
 from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
+from mpisave.selection import select
 from mpisave.sharing import read_shared
 from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
 from mpisave.tree import flatten
-from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks, select
+from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

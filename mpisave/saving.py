@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, deadline, parse
-from mpisave.collective import (
-    alike,
-    exchange,
-    on_all_ranks,
-    through_coordinator,
-    together,
-)
+from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
 from mpisave.comms import private_comm
 from mpisave.election import create_for_all, create_for_roots
 from mpisave.errors import show_key
@@ -25,18 +19,15 @@ from mpisave.formats import index
 from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
 from mpisave.metadata import Described, describe
+from mpisave.moving import Mover
 from mpisave.parts import Part, divide
 from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
-from mpisave.plan import buffers
 from mpisave.replicas import digests_of
 from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
-from mpisave.transport.base import Moved, Route
-from mpisave.transport.direct import Direct
-from mpisave.transport.exchange import Exchange
-from mpisave.transport.gather import Gather
+from mpisave.transport.base import Moved
 from mpisave.tree import flatten
-from mpisave.weave import budget, chunks
+from mpisave.weave import budget
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -201,10 +192,9 @@ class _Call:
             if self.args.use_binary_format
             else PickleFormat(self.args.protocol)
         )
-        self.limits = budget(self.args.max_nbytes)
         self.target: Target | None = None
         self.writers: tuple[int, ...] = (0,)  # ranks of `comm` that seal a file
-        self.gather: Gather | None = None
+        self.mover: Mover | None = None
         self.moved = Moved()
 
     def _parse(self, given: dict[str, Any]) -> tuple[Arguments, str | None, Any]:
@@ -249,7 +239,7 @@ class _Call:
         args = self.args
         what = (args.use_binary_format, args.protocol, args.roots, args.replicas)
         facts = self._facts()
-        key = hashlib.blake2b(repr((what, self.limits, facts)).encode())
+        key = hashlib.blake2b(repr((what, args.max_nbytes, facts)).encode())
         for _, digest in self.digests:
             key.update(digest)
         plans: dict[bytes, Part] = self.comm.kept.setdefault("plans", {})
@@ -284,7 +274,7 @@ class _Call:
                 facts,
                 roots=self.roots,
                 replicas=self.args.replicas,
-                chunk_nbytes=self.limits.chunk_nbytes,
+                chunk_nbytes=budget(self.args.max_nbytes).chunk_nbytes,
             )
             for part in parts:
                 if part.whole is not None:
@@ -332,11 +322,19 @@ class _Call:
             self.target, self.writers = create_for_roots(
                 self.own, self.roots, self.paths, self.place, **how
             )
-        self.is_woven = bool(self.part.files[0].woven)
-        if self.roots is None and self.comm is not self.own:  # not all have one file
-            self.is_woven = any(exchange(self.own, "exchange", lambda: self.is_woven))
-        if self.roots is not None or self.is_woven:
-            on_all_ranks(self.own, "allocate buffers", self._allocate)
+        self.mover = Mover(
+            self.own,
+            self.comm,
+            self.part,
+            self.held,
+            self.target,
+            self.args,
+            self.writers,
+            self.moved,
+            # A file object has one position.
+            threads=self.threads if isinstance(self.place, str) else 1,
+        )
+        self.mover.allocate()
         on_all_ranks(self.own, "lay out the file", self._lay_out)
 
     def _sent_nbytes(self) -> int:
@@ -361,97 +359,8 @@ class _Call:
 
     def move(self) -> None:
         """Bring all payload to the files."""
-        is_woven = self.is_woven
-        # A rank that is alone flushes when it seals.
-        flushes = self.roots is None and self.args.durable and self.comm.size > 1
-        if self.roots is None:
-
-            def write() -> None:
-                self._write_own()
-                if flushes and not is_woven and self.target is not None:
-                    self.target.sync()
-
-            on_all_ranks(self.own, "write", write)
-        else:
-            together(self.own, "gather and write", self._gather)
-        if is_woven:
-            for number, sealer in self._files:
-                self._exchange(number, sealer, flushes=flushes)
-
-    @property
-    def _files(self) -> list[tuple[int, int]]:
-        """Files that this rank has a part in: which of the plan, and who seals it."""
-        every = enumerate(self.roots or (0,))
-        return [(number, rank) for number, rank in every if rank in self.writers]
-
-    def _write_own(self) -> None:
-        part = self.part.files[0]
-        if self.target is None:
-            return
-        direct = Direct(
-            self.target,
-            part.stream,
-            part.stream.arrays(self.held),
-            part.between,
-            max_nbytes=self.args.max_nbytes,
-            # A file object has one position.
-            threads=self.threads if isinstance(self.place, str) else 1,
-        )
-        direct.move(self.moved, self.comm.rank)
-
-    def _allocate(self) -> None:
-        """Find out whether there is memory, before a byte is written."""
-        if self.is_woven:
-            for number, sealer in self._files:
-                self._new_exchange(number, sealer)  # anew when the others are free
-        if self.roots is not None:
-            self._allocate_gather()
-
-    def _allocate_gather(self) -> None:
-        routes = []
-        for root, part in zip(self.roots or (), self.part.files, strict=True):
-            if root not in self.writers:
-                continue
-            incoming = None
-            if root == self.comm.rank and self.part.whole and self.target:
-                incoming = self.part.whole.incoming(self.target, self.comm.size)
-            routes.append(Route(root, part.totals, part.stream, incoming))
-        sizes = buffers(self.args.max_nbytes, len(routes))
-        self.gather = Gather(self.comm, routes, self.held, sizes)
-
-    def _gather(self) -> BaseException | None:
-        if self.gather is None:
-            return None
-        failed = self.gather.move(self.moved)
-        self.gather = None  # and its buffers
-        return failed
-
-    def _new_exchange(self, number: int, sealer: int) -> Exchange:
-        part = self.part.files[number]
-        root = sealer if self.roots is not None else None
-        return Exchange(
-            self.comm,
-            part.woven,
-            chunks(part.woven, self.limits.chunk_nbytes, writer=root),
-            part.offsets,
-            self.held,
-            self.target if root in (None, self.comm.rank) else None,
-            self.limits,
-        )
-
-    def _exchange(self, number: int, sealer: int, *, flushes: bool) -> None:
-        """Put together what lies in short runs."""
-        transport = on_all_ranks(
-            self.own, "allocate buffers", lambda: self._new_exchange(number, sealer)
-        )
-
-        def flush() -> None:
-            if flushes and self.target is not None:
-                self.target.sync()
-
-        together(
-            self.own, "exchange and write", lambda: transport.move(self.moved), flush
-        )
+        if self.mover is not None:
+            self.mover.move()
 
     def seal(self) -> None:
         """Write the index, and make all of it durable."""
@@ -545,7 +454,7 @@ class _Call:
 
     def discard(self) -> None:
         """Leave nothing behind of a save that failed."""
-        if self.gather is not None:
-            self.gather.close()
+        if self.mover is not None:
+            self.mover.close()
         if self.target is not None:
             self.target.discard()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     import numpy.typing as npt
-
-    from mpisave.formats.index import Index
 
     # Returns the array of a box: stored, start, shape.
     Make: TypeAlias = Callable[[Stored, Point, Point], npt.NDArray[Any]]
@@ -131,69 +127,6 @@ class All(_Wants):
     def state(self) -> Any:
         """Return the state, once all wants were read."""
         return self._state
-
-
-def select(index: Index, keys: object) -> tuple[Node, ...]:
-    """Return the nodes of an index that are asked for, with what holds them.
-
-    Parameters
-    ----------
-    index : Index
-        What the file holds.
-    keys : str, tuple, iterable of them, or None
-        A str is a glob, for the parts of a key joined by ``/``; a tuple is one key. A
-        container is taken with all that it holds. None: everything.
-
-    Raises
-    ------
-    ArgumentError
-        If one of them is no key, matches nothing, or takes a part of a list.
-    """
-    if keys is None:
-        return index.nodes
-    asked: list[object] = [keys]
-    if not isinstance(keys, (str, tuple)):
-        try:
-            asked = list(keys)  # type: ignore[call-overload]
-        except TypeError as exc:
-            raise ArgumentError(f"keys is {keys!r}: {exc}") from exc
-    every = [node.key for node in index.nodes if node.key]
-    taken: set[Key] = set()
-    for pattern in asked:
-        found = _matching(every, pattern)
-        if not found:
-            names = ["/".join(map(str, key)) for key in every]
-            close = difflib.get_close_matches(str(pattern), names, n=3)
-            hint = f": did you mean {', '.join(close)}?" if close else ""
-            raise ArgumentError(f"keys: nothing in the file matches {pattern!r}{hint}")
-        taken.update(found)
-    above = {key[:depth] for key in taken for depth in range(len(key))} | {()}
-    below: set[Key] = set()
-    nodes = []
-    kinds = {node.key: node.kind for node in index.nodes}
-    for node in index.nodes:
-        if node.key in taken or node.key[:-1] in below:
-            below.add(node.key)
-        if node.key in below or node.key in above:
-            nodes.append(node)
-            continue
-        kind = kinds[node.key[:-1]]
-        if node.key[:-1] in above and kind in ("list", "tuple"):
-            raise ArgumentError(
-                f"keys: {show_key(node.key[:-1])} is a {kind} of which only a part was "
-                f"asked for: ask for all of it"
-            )
-    return tuple(nodes)
-
-
-def _matching(every: Sequence[Key], pattern: object) -> list[Key]:
-    if isinstance(pattern, tuple):
-        return [key for key in every if key == pattern]
-    if not isinstance(pattern, str):
-        raise ArgumentError(f"keys: {pattern!r} is neither a str nor a tuple")
-    return [
-        key for key in every if fnmatch.fnmatchcase("/".join(map(str, key)), pattern)
-    ]
 
 
 class Match(_Wants):

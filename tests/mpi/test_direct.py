@@ -39,6 +39,7 @@ from mpisave import (
     Shards,
     arrays,
     comms,
+    moving,
     parts,
     replicas,
     saving,
@@ -375,9 +376,9 @@ class TestMemory:
         def on_alltoallv(send, received):
             sent.append((sum(send[1]), sum(received[1])))
 
-        make = saving.Exchange
+        make = moving.Exchange
         monkeypatch.setattr(
-            saving,
+            moving,
             "Exchange",
             lambda own, *rest: make(Watched(own, Ialltoallv=on_alltoallv), *rest),
         )
@@ -404,9 +405,9 @@ class TestMemory:
     @pytest.mark.mpi(min_size=2)
     def test_nothing_that_is_held_whole_travels(self, comm, shared_dir, monkeypatch):
         calls = []
-        make = saving.Exchange
+        make = moving.Exchange
         monkeypatch.setattr(
-            saving, "Exchange", lambda *rest: calls.append(rest) or make(*rest)
+            moving, "Exchange", lambda *rest: calls.append(rest) or make(*rest)
         )
         rows = grid((8, 6), (comm.size, 1))[comm.rank]
         state = {"x": held_boxes(numbers((8, 6), "f4"), [rows]), "y": np.arange(3)}
@@ -664,7 +665,7 @@ STEPS = {
     "read own": (-1, arrays.HeldArray, "view", "write", False),
     "write own": (-1, storage.os, "pwrite", "write", False),
     "flush own": (-1, storage.os, "fsync", "write", False),
-    "buffers": (-1, saving, "Exchange", "allocate buffers", True),
+    "buffers": (-1, moving, "Exchange", "allocate buffers", True),
     "read box": (-1, arrays.HeldArray, "stage_box", "exchange and write", True),
     "read box of first": (0, arrays.HeldArray, "stage_box", "exchange and write", True),
     "write chunk": (-1, storage.os, "pwrite", "exchange and write", True),

@@ -12,7 +12,7 @@ from helpers import assert_on_all_ranks, failing_on, files_in
 from ranks import Numpy, assert_nothing_lost, assert_refused, put_old
 
 import mpisave
-from mpisave import arrays, parts, saving, storage
+from mpisave import arrays, moving, parts, saving, storage
 from mpisave.formats import hdf5, pkl
 from mpisave.transport import gather
 
@@ -62,7 +62,7 @@ STEPS = {
     "stage": (storage.os, "open", "create the staging file"),
     "lay out": (pkl.PickleFormat, "layout", "plan"),
     "reserve": (storage.StagedFile, "allocate", "lay out the file"),
-    "buffers": (saving, "Gather", "allocate buffers"),
+    "buffers": (moving, "Gather", "allocate buffers"),
     "write": (storage.os, "pwrite", "lay out the file"),
     "index": (saving.index, "encode", "seal"),
     "fsync": (storage.os, "fsync", "seal"),

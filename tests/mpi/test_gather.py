@@ -10,7 +10,7 @@ from fakes import FakeDeviceArray, FakeDeviceLibrary
 from helpers import assert_on_all_ranks, equal_on_rank
 
 import mpisave
-from mpisave import arrays, saving, storage
+from mpisave import arrays, moving, storage
 
 pytestmark = pytest.mark.mpi
 MIB = 2**20
@@ -32,14 +32,14 @@ class Watched:
 
 
 def watch(monkeypatch, on_gatherv):
-    gather = saving.Gather
+    gather = moving.Gather
 
     def watched(comm, *rest):
         own = Watched(comm, on_gatherv)
         own.raw = Watched(comm.raw, on_gatherv)
         return gather(own, *rest)
 
-    monkeypatch.setattr(saving, "Gather", watched)
+    monkeypatch.setattr(moving, "Gather", watched)
 
 
 @pytest.mark.mpi(min_size=2)

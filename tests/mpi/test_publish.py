@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from helpers import assert_on_all_ranks, failing_on, files_in
+from helpers import assert_on_all_ranks, failing_on, files_in, watch_writes
 from ranks import assert_nothing_lost, assert_refused, grid, held_boxes, put_old
 
 import mpisave
-from mpisave import room, saving, staging, storage
+from mpisave import moving, room, staging, storage
 
 pytestmark = pytest.mark.mpi
 
@@ -32,17 +32,6 @@ def save(comm, path, state=None, *, gather_to=None, **changed):
     state = state_of(comm) if state is None else state
     how = {"gather_to": gather_to, "state_type": "opt", "max_grouped_size": 65536}
     return mpisave.save(state, path, comm=comm, **(how | changed))
-
-
-def watch_writes(monkeypatch):
-    calls, pwrite = [], os.pwrite
-
-    def watched(descriptor, data, offset):
-        calls.append(len(data))
-        return pwrite(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", watched)
-    return calls
 
 
 @pytest.fixture
@@ -217,7 +206,7 @@ class TestBefore:
         box = grid(shape, (1, comm.size))[comm.rank]
         state = {"x": held_boxes(np.arange(60 * 8 * comm.size).reshape(shape), [box])}
         error = MemoryError("no buffer")
-        with failing_on(comm, victim, monkeypatch, saving, what, error):
+        with failing_on(comm, victim, monkeypatch, moving, what, error):
             caught = assert_refused(
                 comm,
                 mpisave.CollectiveError,

@@ -296,7 +296,7 @@ def test_counts_stay_below_the_limit_of_a_c_int(comm, shared_dir, monkeypatch):
                 )
             return self.inner.Igatherv(send, received, root=root)
 
-    import mpisave.saving as steps
+    import mpisave.moving as steps
 
     gather = steps.Gather
 

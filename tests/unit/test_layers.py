@@ -20,10 +20,11 @@ ROWS = (
     # `arguments` asks `state_types` which names there are.
     ("arguments", "plan", "weave", "replicas", "report"),
     ("formats", "transport", "election"),
-    ("parts", "wanted"),
+    ("parts", "wanted", "selection"),
     # What is read for all ranks is checked as what each reads for itself.
     ("reading", "finding", "skeleton"),
     ("sharing", "regrouping"),
+    ("moving",),
     ("saving", "loading", "verifying"),
     ("bench", "testing"),
 )
@@ -49,7 +50,7 @@ MAY_IMPORT = {
 PURE = (
     *("tree", "shards", "metadata", "merging", "state_types", "arguments"),
     *("plan", "weave"),
-    *("replicas", "parts", "wanted", "checksum"),
+    *("replicas", "parts", "wanted", "selection", "checksum"),
 )
 IMPURE = {
     *("mpi4py", "h5py", "cupy", "time", "socket", "tempfile", "threading"),

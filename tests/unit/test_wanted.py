@@ -21,8 +21,9 @@ from mpisave.errors import (
 )
 from mpisave.formats.index import Index, Opaque, Stored
 from mpisave.plan import Extent
+from mpisave.selection import select
 from mpisave.tree import Node
-from mpisave.wanted import All, Match, rank_of, saved_ranks, select
+from mpisave.wanted import All, Match, rank_of, saved_ranks
 
 
 def index_of(*states):
