@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import mpi_environment, mpirun
 
 LAUNCHED = any(
     name in os.environ
@@ -46,30 +47,6 @@ def pytest_addoption(parser):
         default=10.0,
         help="seconds that a failed rank waits for the others",
     )
-
-
-def mpi_environment():
-    """Return the environment for an mpirun with more ranks than cores, as root too."""
-    settings = {
-        "PYTHONUNBUFFERED": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        # Shared memory only: Open MPI starts in 0.3 s, not in 1.5 s.
-        "OMPI_MCA_pml": "ob1",
-        "OMPI_MCA_btl": "self,sm",
-        "OMPI_MCA_osc": "^ucx",
-    }
-    return settings | os.environ
-
-
-def mpirun():
-    """Return the launcher: MPIRUN, the one beside this Python, or that on PATH."""
-    if os.environ.get("MPIRUN"):
-        return shlex.split(os.environ["MPIRUN"])
-    beside = Path(sys.executable).with_name("mpirun")
-    return [str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,8 +4,19 @@ import contextlib
 import os
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
+
+# Of every kind that both formats hold.
+MIXED = {
+    "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "big": np.array([0x1234, -0x5678], ">i2"),
+    "half": np.array([1, 2], ml_dtypes.bfloat16),
+    "empty": np.zeros((0, 2)),
+    "nested": [np.array(5), {"lr": 0.5, 3: (None, True, b"x", "y")}],
+    "scalar": np.float32(2.5),
+}
 
 
 def assert_on_all_ranks(comm, condition, what=""):
@@ -36,6 +47,18 @@ def assert_equal_states(found, expected, path="state"):
 
 def files_in(folder):
     return sorted(os.listdir(folder))
+
+
+def watch_writes(monkeypatch):
+    """Return what will be the lengths of all that this process writes at offsets."""
+    lengths, pwrite = [], os.pwrite
+
+    def watched(descriptor, data, offset):
+        lengths.append(len(data))
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    return lengths
 
 
 def equal_on_rank(comm, rank, check):

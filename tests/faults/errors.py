@@ -127,7 +127,6 @@ def _by_strace(options, table):
 _IN_PYTHON = {
     "openat": "open",
     "pwrite64": "pwrite",
-    "fallocate": "posix_fallocate",
     "rename": "replace",
 }
 

@@ -7,13 +7,12 @@ import pathlib
 import signal
 import threading
 
-# What Python offers to change a directory or what is in a file.
+# What Python offers to change a directory or what is in a file. fallocate it does not.
 NAMES = (
     "open",
     "pwrite",
     "pwritev",
     "write",
-    "posix_fallocate",
     "ftruncate",
     "truncate",
     "fsync",
@@ -85,7 +84,11 @@ class FileCalls:
     def watched(self, fail_at=None, error=0):
         """Count the calls; have call number `fail_at`, from 1, fail."""
         self.seen, self.fail_at, self.error, self.fired = [], fail_at, error, ""
+        from mpisave import room
+
         kept = {name: getattr(os, name) for name in NAMES}
+        fallocate = room._fallocate
+        room._fallocate = self._wrap("fallocate", fallocate)
         old_pathlib = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10
         kept_pathlib = {}
         for name, call in kept.items():
@@ -96,6 +99,7 @@ class FileCalls:
         try:
             yield self
         finally:
+            room._fallocate = fallocate
             for name, call in kept.items():
                 setattr(os, name, call)
             for name, call in kept_pathlib.items():
@@ -117,66 +121,15 @@ def _act(fault):
     raise OSError(number, os.strerror(number))
 
 
-# Steps that move payload communicate: they keep all ranks in step by themselves, and
-# tell of errors of a rank's own part of them, which is its writing.
-MOVING = ("gather and write", "exchange and write")
-
-
-@contextlib.contextmanager
-def _at_write(act):
-    """Have the next write of this rank to a file be preceded by `act`."""
-    from mpisave.storage import StagedFile
-
-    write = StagedFile.write
-
-    def wrapped(*args):
-        act()
-        return write(*args)
-
-    StagedFile.write = wrapped
-    try:
-        yield
-    finally:
-        StagedFile.write = write
-
-
 @contextlib.contextmanager
 def at_step(step, fault, victim, me, fired=None):
-    """Have a fault at the beginning of a step of save, on one rank.
+    """Have a fault at the beginning of a step of save, on one rank."""
+    from mpisave import testing
 
-    The one place that knows how a step is reached.
-    """
-    from mpisave import election, saving
+    def act():
+        if fired is not None:
+            fired.append(step)
+        _act(fault)
 
-    kept = []
-
-    def wrap(function):
-        def wrapped(comm, name, action, *args, **kwargs):
-            def act():
-                if fired is not None:
-                    fired.append(step)
-                _act(fault)
-
-            def faulty():
-                if name != step or me.rank != victim:
-                    return action()
-                if step in MOVING and fault != "kill":
-                    with _at_write(act):
-                        return action()
-                act()
-                return action()
-
-            return function(comm, name, faulty, *args, **kwargs)
-
-        return wrapped
-
-    for module in (saving, election):
-        for name in ("exchange", "on_all_ranks", "through_coordinator"):
-            if hasattr(module, name):
-                kept.append((module, name, getattr(module, name)))
-                setattr(module, name, wrap(getattr(module, name)))
-    try:
+    with testing.fault(step, rank=victim, action=act, comm=me.comm):
         yield
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)

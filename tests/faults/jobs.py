@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from launching import mpi_environment, mpirun
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 DEADLINE_S = 60.0
@@ -27,27 +29,8 @@ CALLS = (
 
 RANK = "${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}"
 
-SETTINGS = {
-    "PYTHONUNBUFFERED": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm",
-    "OMPI_MCA_osc": "^ucx",
-    # Threads of a library that is not at work here.
-    "OPENBLAS_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-}
-
-
-def mpirun(python=sys.executable):
-    """Return the launcher: MPIRUN, the one beside the Python, or that on PATH."""
-    if os.environ.get("MPIRUN"):
-        return shlex.split(os.environ["MPIRUN"])
-    beside = Path(python).with_name("mpirun")
-    return [str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"]
+# Threads of a library that is not at work here.
+SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def why_not_strace():
@@ -124,7 +107,7 @@ class Job:
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [*mpirun(python), "-n", str(size), *ranks],
-                env={**os.environ, **SETTINGS},
+                env=mpi_environment() | SETTINGS,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

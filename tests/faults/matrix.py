@@ -3,7 +3,6 @@
 import shutil
 
 import errors
-import injection
 import jobs
 import killing
 import states
@@ -85,9 +84,6 @@ def _raise(total, place, old):
         step, fault, victim = (first[k] for k in ("step_of_fault", "fault", "victim"))
         kind = "StorageError" if fault == "ENOSPC" else "CollectiveError"
         is_fired = lines[victim]["fired"]
-        if not is_fired and step in injection.MOVING:
-            total.tally("steps in which a rank writes nothing")
-            continue
         problem = "" if is_fired else "the step was not reached"
         problem = problem or errors.judge(case, lines, None, [victim], kind)
         # Nothing holds back the rank that publishes once another one is at fault.

@@ -80,8 +80,7 @@ def at_every_call(options):
     case = states.Case("pickle", "gather", 1)
     _lose_power(control, case, options.scratch, is_flushed=True, control=True)
     yield killing.found_out(control)
-    sizes = [n for n in options.sizes if n <= 2] or options.sizes[:1]
-    for case in states.cases(sizes, options.formats, options.roads):
+    for case in states.cases(options.sizes, options.formats, options.roads):
         for is_flushed in (False, True):
             how = "all written" if is_flushed else "only what was flushed"
             count = Count(f"power loss at every file call, {how}: {case}")

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # mpisave
+sys.path.insert(1, str(Path(__file__).parents[1]))  # what tests share
 
 import errors
 import jobs
@@ -56,7 +57,7 @@ def parse(arguments):
     parser.add_argument(
         "--thin",
         type=int,
-        default=2,
+        default=1,
         help="of the file calls of more than 2 ranks, kill at every n-th only",
     )
     parser.add_argument("--thin-small", type=int, default=1, help="of 1 and 2 ranks")

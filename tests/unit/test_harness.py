@@ -24,7 +24,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_run_on_two_ranks_ends_and_tells_why(tmp_path, name):
     body, expected = CASES[name]
-    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
+    for module in ("conftest.py", "launching.py"):
+        shutil.copy(Path(__file__).parents[1] / module, tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_case.py").write_text(
         "import sys, time\nimport pytest\n\n@pytest.mark.mpi\n"

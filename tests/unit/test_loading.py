@@ -5,10 +5,9 @@ import pickle
 import shutil
 
 import h5py
-import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_equal_states
+from helpers import MIXED, assert_equal_states
 
 import mpisave
 from mpisave import loading
@@ -16,14 +15,7 @@ from mpisave.errors import FileFormatError, MpisaveError
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
 
-STATE = {
-    "w": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "big": np.array([0x1234, -0x5678], ">i2"),
-    "half": np.array([1, 2], ml_dtypes.bfloat16),
-    "empty": np.zeros((0, 2)),
-    "nested": [np.array(5), {"lr": 0.5, 3: (None, True, b"x", "y")}],
-    "scalar": np.float32(2.5),
-}
+STATE = MIXED
 
 
 def saved(state, use_binary_format):

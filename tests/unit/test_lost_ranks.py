@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import mpi_environment, mpirun
 
 from mpisave import deadlines
 
-MPIRUN = Path(sys.executable).with_name("mpirun")
 HEAD = """
 import json, os, signal, sys, time
 import numpy as np
@@ -59,12 +58,13 @@ class Job:
         old = {"shared": np.zeros(4)}
         (folder / "x.params").write_bytes(pickle.dumps(old))
         (folder / "job.py").write_text(HEAD + script)
-        command = [MPIRUN, "-n", str(ranks)]
+        command = [*mpirun(), "-n", str(ranks)]
         command += [sys.executable, *(["-m", "mpi4py"] if with_m else []), "job.py"]
         began = time.monotonic()
         self.process = subprocess.Popen(
             command,
             cwd=folder,
+            env=mpi_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,7 +97,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path, is_mpich):
+def job(tmp_path):
     def run(script, ranks=3, **options):
         found = Job(tmp_path, script, ranks, **options)
         assert found.ended, f"it hangs:\n{found.output}"
@@ -107,16 +107,9 @@ def job(tmp_path, is_mpich):
     return run
 
 
-@pytest.fixture
-def is_mpich():
-    text = subprocess.run(
-        [MPIRUN, "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    if "HYDRA" not in text and "mpich" not in text.lower():
-        pytest.skip("written for the launcher of MPICH")
-
-
 def assert_timed_out(told, missing, ranks, within_s=10):
+    # A launcher that ends the job may have had a stopped rank continue first.
+    told = [t for t in told if t["rank"] not in missing]
     assert [t["rank"] for t in told] == [r for r in range(ranks) if r not in missing]
     for rank in told:
         assert rank["type"] == "CollectiveTimeout", rank

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import files_in
+from helpers import files_in, watch_writes
 from mounts import mounted, mounted_image
 
 import mpisave
@@ -34,15 +34,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Return the bytes that were written so far, as a list of lengths."""
-    lengths, pwrite = [], os.pwrite
-
-    def watched(descriptor, data, offset):
-        lengths.append(len(data))
-        return pwrite(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", watched)
-    return lengths
+    return watch_writes(monkeypatch)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,9 @@ import struct
 import threading
 
 import h5py
-import ml_dtypes
 import numpy as np
 import pytest
-from helpers import small_blocks
+from helpers import MIXED, small_blocks
 
 import mpisave
 from mpisave import skeleton, verifying
@@ -23,15 +22,7 @@ from mpisave.storage import Source
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
 
-STATE = {
-    "w": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "big": np.array([0x1234, -0x5678], ">i2"),
-    "half": np.array([1, 2], ml_dtypes.bfloat16),
-    "empty": np.zeros((0, 2)),
-    "nested": [np.array(5), {"lr": 0.5, 3: (None, True, b"x", "y")}],
-    "scalar": np.float32(2.5),
-    "nan": float("nan"),
-}
+STATE = MIXED | {"nan": float("nan")}
 
 
 def saved(state, use_binary_format=False, **how):
