@@ -150,7 +150,9 @@ def _why(process: subprocess.Popen[bytes]) -> str:
     else:
         lines = said.decode(errors="replace").strip().splitlines() or ["no message"]
         how = f"failed: {lines[-1][:500]}"
-    return f"HDF5 {how} while it inspected the file: it is torn, altered, or made to"
+    return (
+        f"HDF5 {how} while it inspected the file: it is torn, altered, or made to do so"
+    )
 
 
 def _nodes(answer: bytes) -> bytes:
