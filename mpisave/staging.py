@@ -54,7 +54,7 @@ def create(final: Path, mode: int) -> tuple[Path, int]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(path, flags, mode)
         try:
-            is_held = _lock(descriptor)
+            is_held = _hold(descriptor)
             if is_held is None and machine != _NOWHERE:
                 machine = _NOWHERE
             # Before it was locked, another job may have taken it for dead.
@@ -174,15 +174,29 @@ def flush_directory(descriptor: int) -> None:
             raise
 
 
-def _lock(descriptor: int) -> bool | None:
+def _hold(descriptor: int) -> bool | None:
+    """Keep a file from being removed for as long as it is open; return as `_lock`.
+
+    Shared, since HDF5 locks what it reads, and the file may be read as soon as it is
+    renamed. NFS lets only who may read share, and this is open for writing.
+    """
+    try:
+        return _lock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        return _lock(descriptor)
+
+
+def _lock(descriptor: int, how: int = fcntl.LOCK_EX) -> bool | None:
     """Lock a file for as long as it is open; return None where there are no locks.
 
     flock, not fcntl: it belongs to the open file, so that no other open and close of
     the file in this process gives it up. It hinders nobody from writing.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except OSError as exc:
+        if exc.errno == errno.EBADF:
+            raise
         held = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
         return False if exc.errno in held else None
     return True

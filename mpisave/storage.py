@@ -249,6 +249,7 @@ class StagedFile:
         """
         try:
             self._rename()
+            self._unlock()  # readers may want locks of their own, as HDF5 does
             if durable:
                 with naming_path("flush the directory of", self.name):
                     staging.flush_directory(self._directory)
@@ -280,11 +281,17 @@ class StagedFile:
 
     def _release(self) -> None:
         """Give up the lock, and the directory."""
-        for descriptor in (self._lock, self._directory):
-            if descriptor >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
-        self._lock = self._directory = -1
+        self._unlock()
+        if self._directory >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._directory)
+        self._directory = -1
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
+        self._lock = -1
 
     def close(self) -> None:
         """Close the file. On some systems, it is flushed now and may fail."""

@@ -145,14 +145,19 @@ def _fail_by_strace(count, place, paths, fault, table):
     problem = "" if "(INJECTED)" in log.read_text(errors="replace") else "not reached"
     if ended.code != 0:
         problem = problem or f"exit {ended.code}: {ended.output}"
-    problem = problem or judge(case, lines, place.path, [victim])
+    found = states.which(case, place.path)
+    python = table.get((case, victim, _IN_PYTHON.get(name, name), error), set())
+    outcome = (lines[0]["type"], lines[0]["step"])
+    # What was let be there may be let be here.
+    if outcome[0] is None and outcome in python and found == "new":
+        count.tally("let be")
+    else:
+        problem = problem or judge(case, lines, place.path, [victim])
     if not problem and place.left_behind():
         problem = f"left behind: {place.left_behind()}"
-    found = states.which(case, place.path)
     if not problem and found not in ("old", "new"):
         problem = found
-    python = table.get((case, victim, _IN_PYTHON.get(name, name), error))
-    if not problem and python and (lines[0]["type"], lines[0]["step"]) not in python:
+    if not problem and python and outcome not in python:
         problem = f"{lines[0]['type']} in {lines[0]['step']!r}, in Python {python}"
     count.add(what, problem or place.next_save(count))
 

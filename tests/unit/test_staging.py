@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import h5py
 import numpy as np
 import pytest
 from helpers import files_in
@@ -54,6 +55,7 @@ ELSEWHERE = "0123456789abcdef"
 # Saves until it is killed: the first time it is about to flush, it says so.
 KILLED = """
 import os, sys, time
+import h5py
 import numpy as np
 import mpisave
 def stop(descriptor):
@@ -228,7 +230,7 @@ class TestStale:
     def test_file_that_is_removed_before_it_is_locked_is_made_again(
         self, tmp_path, monkeypatch
     ):
-        lock, first = staging._lock, []
+        lock, first = staging._hold, []
 
         def late(descriptor):
             if not first:
@@ -237,7 +239,7 @@ class TestStale:
                 staging.remove_stale(tmp_path / "x", tmp_path)
             return lock(descriptor)
 
-        monkeypatch.setattr(staging, "_lock", late)
+        monkeypatch.setattr(staging, "_hold", late)
 
         staged = StagedFile(str(tmp_path / "x"))
 
@@ -247,7 +249,7 @@ class TestStale:
 
     def test_file_that_others_always_hold_is_given_up(self, tmp_path, monkeypatch):
         before = len(os.listdir("/proc/self/fd"))
-        monkeypatch.setattr(staging, "_lock", lambda _: False)
+        monkeypatch.setattr(staging, "_hold", lambda _: False)
 
         with pytest.raises(StorageError, match="cannot create the staging file"):
             mpisave.save(STATE, tmp_path / "x")
@@ -555,3 +557,33 @@ class TestOverwrite:
             mpisave.save(STATE, file, overwrite=False)
 
         assert pickle.loads((tmp_path / "x").read_bytes())["n"] == 5
+
+
+@pytest.mark.parametrize("moment", ["the rename", "the flush of the directory"])
+def test_published_file_is_open_to_readers_that_lock(tmp_path, monkeypatch, moment):
+    # HDF5 asks for a shared lock, and does not wait for it.
+    path = tmp_path / "x.h5"
+    read = []
+    replace, flush = staging.Path.replace, staging.flush_directory
+
+    def look():
+        with h5py.File(path, "r") as file:
+            read.append(file["w"][()].tolist())
+
+    def replaced(staged, final):
+        result = replace(staged, final)
+        if moment == "the rename":
+            look()
+        return result
+
+    def flushed(descriptor):
+        if moment != "the rename":
+            look()
+        flush(descriptor)
+
+    monkeypatch.setattr(staging.Path, "replace", replaced)
+    monkeypatch.setattr(staging, "flush_directory", flushed)
+
+    mpisave.save({"w": np.arange(3)}, path, use_binary_format=True)
+
+    assert read == [[0, 1, 2]]
