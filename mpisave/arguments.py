@@ -27,6 +27,7 @@ _NAMES = (
     "state_type",
     "max_grouped_size",
     "replicas",
+    "transport",
     "durable",
     "overwrite",
     "timeout",
@@ -36,6 +37,7 @@ _NAMES = (
 DEFAULT_TIMEOUT_S = 600.0
 
 REPLICAS = ("first", "check", "share")
+TRANSPORTS = ("auto", "device", "host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Arguments:
     state_type: str | None
     max_nbytes: int
     replicas: str
+    transport: str
     durable: bool
     overwrite: bool
     path: str | None  # as given, {rank} not filled in; None for a file object
@@ -103,6 +106,14 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     replicas = given["replicas"]
     if not isinstance(replicas, str) or replicas not in REPLICAS:
         raise ArgumentError(f"replicas is {replicas!r}: it is one of {REPLICAS}")
+    transport = given["transport"]
+    if not isinstance(transport, str) or transport not in TRANSPORTS:
+        raise ArgumentError(f"transport is {transport!r}: it is one of {TRANSPORTS}")
+    if transport == "device" and roots is None:
+        raise ArgumentError(
+            "transport='device' is of a save that gathers: where each rank writes, MPI "
+            "moves no arrays. Give gather_to, or leave transport at 'auto'"
+        )
     durable = given["durable"]
     if not isinstance(durable, bool):
         raise ArgumentError(f"durable is {durable!r}: it is True or False")
@@ -133,6 +144,7 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
         state_type,
         parse_max_grouped_size(given["max_grouped_size"]),
         str.__str__(replicas),
+        str.__str__(transport),
         durable,
         overwrite,
         text,
@@ -234,6 +246,7 @@ def check_alike(every: Sequence[Arguments]) -> None:
         "state_type": "state_type",
         "max_grouped_size": "max_nbytes",
         "replicas": "replicas",
+        "transport": "transport",
         "durable": "durable",
         "overwrite": "overwrite",
     }

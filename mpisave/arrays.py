@@ -1,18 +1,21 @@
-"""The border between host and device: what an array is, and how its bytes are had.
-
-Only this module imports CuPy, and only when a state holds device arrays.
-"""
+"""What an array is, and how its bytes are had, wherever it lies."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mpisave.devices import DeviceLibrary, device_library, fence, host_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -23,72 +26,21 @@ _KINDS = frozenset("biufc")
 _PLAIN_NAME = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 # DLPack's code of memory that the CPU reads (dlpack.h, kDLCPU).
 _DLPACK_CPU = 1
-
-
-class DeviceLibrary(Protocol):
-    """What this module asks of the library that owns device arrays."""
-
-    def describe(self, array: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Return dtype and shape."""
-        ...
-
-    def stage(self, array: Any, start: int, out: npt.NDArray[Any]) -> None:
-        """Copy ``array.ravel()[start:start + out.size]`` to `out` in host memory."""
-        ...
-
-    def stage_box(
-        self, array: Any, where: tuple[slice, ...], out: npt.NDArray[Any]
-    ) -> None:
-        """Copy ``array[where]`` to `out`, of the box's shape, in host memory."""
-        ...
-
-
-class _CuPy:
-    """Device arrays through CuPy, whichever library made them."""
-
-    def describe(self, array: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        interface = array.__cuda_array_interface__
-        return np.dtype(interface["typestr"]), tuple(interface["shape"])
-
-    def stage(self, array: Any, start: int, out: npt.NDArray[Any]) -> None:
-        import cupy
-
-        on_device = cupy.asarray(array)
-        with on_device.device:
-            # The stream of the producer is unknown: wait for all of them, once a piece.
-            cupy.cuda.runtime.deviceSynchronize()
-            if on_device.flags.c_contiguous:
-                on_device.ravel()[start : start + out.size].get(out=out)
-            else:
-                _copy_elements(on_device, start, out, copy=lambda a, o: a.get(out=o))
-
-    def stage_box(
-        self, array: Any, where: tuple[slice, ...], out: npt.NDArray[Any]
-    ) -> None:
-        import cupy
-
-        on_device = cupy.asarray(array)
-        with on_device.device:
-            cupy.cuda.runtime.deviceSynchronize()  # as above
-            cupy.ascontiguousarray(on_device[where]).get(out=out)
-
-
-def device_library() -> DeviceLibrary:
-    """Return the library that reads device arrays. Tests put a fake in its place."""
-    return _CuPy()
+# Its codes of memory of CUDA: of a device, and managed.
+_DLPACK_CUDA = (2, 13)
 
 
 @dataclass(slots=True)
 class HeldArray:
-    """An array of the caller's, and how to read its bytes. Never modified.
+    """An array of the caller's, and how its bytes are had or filled.
 
     The bytes of an array are those of its elements in C order, in its own byte order.
     """
 
-    source: Any  # NumPy array, or device array
+    source: Any  # NumPy array, or array of the library
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    on_device: bool
+    library: DeviceLibrary | None = None  # where it lies on a device
     name: str = ""  # its key, for errors
 
     @property
@@ -96,68 +48,139 @@ class HeldArray:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the bytes lie in memory as they are counted."""
+        contiguous: bool = self.source.flags.c_contiguous
+        return contiguous
+
     def view(self, start: int, stop: int) -> Bytes | None:
         """Return bytes `start` to `stop` without a copy, or None if that cannot be."""
-        if self.on_device or not self.source.flags.c_contiguous:
+        if self.library is not None or not self.is_contiguous:
             return None
         flat: Bytes = self.source.reshape(-1).view(np.uint8)
         return flat[start:stop]
 
-    def stage(self, start: int, out: Bytes) -> None:
-        """Copy ``out.size`` bytes from byte `start` to `out`, a host buffer."""
+    def buffer(self, start: int, stop: int) -> Any | None:
+        """Return bytes `start` to `stop` of a device without a copy, or None."""
+        if self.library is None or not self.is_contiguous:
+            return None
+        return self.library.view(self.source, start, stop)
+
+    def stage(self, start: int, out: Any) -> None:
+        """Copy ``out.size`` bytes from byte `start` to `out`, of the host or a device.
+
+        What a device takes part in is queued: see `devices`.
+        """
         view = self.view(start, start + out.size)
         if view is not None:
-            out[:] = view
+            _put(view, out)
             return
+        if self.library is not None and self.is_contiguous:
+            self.library.read(self.source, start, out)
+            return
+        # A small cap cuts through elements.
         itemsize = self.dtype.itemsize
-        skip, stop = start % itemsize, start + out.size
-        if skip or stop % itemsize:  # a small cap cut through an element
-            first, last = start // itemsize, -(-stop // itemsize)
-            elements = np.empty(last - first, self.dtype)
-            self._stage_elements(first, elements)
-            out[:] = elements.view(np.uint8)[skip : skip + out.size]
-        else:
-            self._stage_elements(start // itemsize, out.view(self.dtype))
-
-    def _stage_elements(self, start: int, out: npt.NDArray[Any]) -> None:
-        if self.on_device:
-            device_library().stage(self.source, start, out)
-        else:
-            _copy_elements(self.source, start, out, copy=lambda a, o: np.copyto(o, a))
+        first, stop = start // itemsize, -(-(start + out.size) // itemsize)
+        at = first * itemsize - start
+        for part, n in _runs(self.source, first, stop - first):
+            begin, end = max(0, at), min(out.size, at + n * itemsize)
+            self._stage_part(part, begin - at, out[begin:end])
+            at += n * itemsize
 
     def stage_box(self, where: tuple[slice, ...], out: Bytes) -> None:
         """Copy the elements ``[where]``, in C order, to `out`, a host buffer."""
-        shape = tuple(side.stop - side.start for side in where)
-        box = out.view(self.dtype).reshape(shape)
-        if self.on_device:
-            device_library().stage_box(self.source, where, box)
+        self._stage_part(self.source[(..., *where)], 0, out)
+
+    def _stage_part(self, part: Any, skip: int, out: Any) -> None:
+        if self.library is not None:
+            self.library.read_box(part, skip, out)
+        elif isinstance(out, np.ndarray) and out.size == part.nbytes:
+            np.copyto(out.view(self.dtype).reshape(part.shape), part)
         else:
-            np.copyto(box, self.source[where])
+            packed = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            _put(packed[skip : skip + out.size], out)
+
+    def fill(self, start: int, data: Bytes) -> None:
+        """Copy `data` to where byte `start` is, and on: queued, if on a device.
+
+        Only where the array is contiguous.
+        """
+        view = self.view(start, start + data.size)
+        if view is not None:
+            view[:] = data
+        elif self.library is not None:
+            self.library.write(self.source, start, data)
+
+    def fill_box(self, where: tuple[slice, ...], data: Bytes) -> None:
+        """Copy `data`, elements in C order, to ``[where]``: queued, if on a device."""
+        part = self.source[(..., *where)]
+        if self.library is not None:
+            self.library.write_box(part, data)
+        else:
+            part[...] = data.view(self.dtype).reshape(part.shape)
+
+    def blocks(
+        self, start: int, stop: int, nbytes: int, scratch_nbytes: int
+    ) -> Iterator[Bytes]:
+        """Yield bytes `start` to `stop`, up to `nbytes` at a time, in host memory.
+
+        What cannot be viewed is copied, through at most `scratch_nbytes`: from a
+        device while the block before it is in use.
+        """
+        view = self.view(start, stop)
+        if view is not None:
+            for at in range(0, view.size, nbytes):
+                yield view[at : at + nbytes]
+            return
+        length = max(1, min(nbytes, stop - start, scratch_nbytes // 2))
+        turns = itertools.cycle([host_memory(length, self.library) for _ in range(2)])
+
+        def begin(at: int) -> tuple[Bytes, Callable[[], None]]:
+            out = next(turns)[: stop - at]
+            self.stage(at, out)
+            return out, fence(self.library)
+
+        ahead = [begin(start)] if start < stop else []
+        while ahead:
+            out, wait = ahead.pop()
+            wait()
+            start += out.size
+            if start < stop:
+                ahead.append(begin(start))
+            yield out
 
 
-def _copy_elements(array: Any, start: int, out: npt.NDArray[Any], *, copy: Any) -> None:
-    """Copy ``array.ravel()[start:start + out.size]`` to `out` without ravelling.
+def _put(view: Bytes, out: Any) -> None:
+    if isinstance(out, np.ndarray):
+        out[:] = view
+    else:
+        device_library().copy(view, out)
 
-    Whole rows go in one strided copy, the cut ones at both ends by recursion.
+
+def _runs(array: Any, start: int, count: int) -> Iterator[tuple[Any, int]]:
+    """Yield ``array.ravel()[start:start + count]`` in boxes, and the elements of each.
+
+    Whole rows are one box, the cut ones at both ends are taken apart.
     """
-    if out.size == 0:
+    if count == 0:
         return
     if array.ndim == 0:
-        copy(array, out.reshape(()))
+        yield array, 1
         return
     row = math.prod(array.shape[1:])
-    first, last = -(-start // row), (start + out.size) // row
+    first, last = -(-start // row), (start + count) // row
     if first > last:  # all within one row
-        _copy_elements(array[start // row], start % row, out, copy=copy)
+        yield from _runs(array[start // row], start % row, count)
         return
     head = first * row - start
-    tail = head + (last - first) * row
     if head:
-        _copy_elements(array[first - 1], row - head, out[:head], copy=copy)
+        yield from _runs(array[first - 1], row - head, head)
     if last > first:
-        copy(array[first:last], out[head:tail].reshape(last - first, *array.shape[1:]))
-    if tail < out.size:
-        _copy_elements(array[last], 0, out[tail:], copy=copy)
+        yield array[first:last], (last - first) * row
+    tail = count - head - (last - first) * row
+    if tail:
+        yield from _runs(array[last], 0, tail)
 
 
 def held_array(obj: object, name: str = "") -> HeldArray | None:
@@ -179,14 +202,16 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     ):
         return None
     if hasattr(obj, "__cuda_array_interface__"):
-        dtype, shape = device_library().describe(obj)
-        return HeldArray(obj, savable(dtype), shape, on_device=True, name=name)
+        return _on_device(obj, name)
     if hasattr(obj, "__dlpack_device__") and hasattr(obj, "__dlpack__"):
-        if obj.__dlpack_device__()[0] == _DLPACK_CPU:
+        kind = int(obj.__dlpack_device__()[0])
+        if kind == _DLPACK_CPU:
             return _on_host(np.from_dlpack(obj), name)
+        if kind in _DLPACK_CUDA:
+            return _on_device(obj, name)
         raise TypeError(
-            f"{type(obj).__name__} lies on a device that cannot be read by DLPack: "
-            "it must serve __cuda_array_interface__"
+            f"{type(obj).__name__} lies on a device of DLPack's kind {kind}: arrays "
+            f"are read from the host and from CUDA devices"
         )
     try:
         buffer = memoryview(obj)  # type: ignore[arg-type]
@@ -195,13 +220,34 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     return _on_host(np.asarray(buffer), name)
 
 
+def _on_device(obj: Any, name: str) -> HeldArray:
+    library = device_library()
+    array = library.adopt(obj)
+    return HeldArray(array, savable(array.dtype), tuple(array.shape), library, name)
+
+
 def _on_host(array: npt.NDArray[Any], name: str) -> HeldArray:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError("a masked array cannot be saved: save its data and its mask")
     plain = array.view(np.ndarray)  # np.matrix would not index as arrays do
-    return HeldArray(
-        plain, savable(plain.dtype), plain.shape, on_device=False, name=name
-    )
+    return HeldArray(plain, savable(plain.dtype), plain.shape, name=name)
+
+
+def library_of(held: Iterable[HeldArray]) -> DeviceLibrary | None:
+    """Return the library of the arrays that lie on a device, if any does."""
+    return next((array.library for array in held if array.library is not None), None)
+
+
+def settle(held: Iterable[HeldArray]) -> None:
+    """Wait for all work on the devices of arrays, whichever stream it is on.
+
+    The stream of an array's producer is unknown. Once for all arrays of a call: they
+    are not to be changed while it goes on.
+    """
+    on_device = [array for array in held if array.library is not None]
+    library = library_of(on_device)
+    if library is not None:
+        library.settle(array.source for array in on_device)
 
 
 def savable(dtype: np.dtype[Any]) -> np.dtype[Any]:

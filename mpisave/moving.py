@@ -48,6 +48,10 @@ class Mover:
         Told what was done.
     threads : int
         With how many this rank writes.
+    has_device : bool
+        Whether any rank has arrays on a device.
+    by_device : bool
+        Whether MPI is given memory of devices.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Mover:
         moved: Moved,
         *,
         threads: int,
+        has_device: bool,
+        by_device: bool,
     ) -> None:
         self._own, self._comm = own, comm
         self._part, self._held = part, held
@@ -69,6 +75,7 @@ class Mover:
         self._args, self._roots = args, args.roots
         self._writers = writers
         self._threads = threads
+        self._has_device, self._by_device = has_device, by_device
         self._limits = budget(args.max_nbytes)
         self._gathering: Gather | None = None
         self._is_woven = bool(part.files[0].woven)
@@ -142,8 +149,15 @@ class Mover:
             if root == self._comm.rank and self._part.whole and self._target:
                 incoming = self._part.whole.incoming(self._target, self._comm.size)
             routes.append(Route(root, part.totals, part.stream, incoming))
-        sizes = buffers(self._args.max_nbytes, len(routes))
-        self._gathering = Gather(self._comm, routes, self._held, sizes)
+        sizes = buffers(
+            self._args.max_nbytes,
+            len(routes),
+            has_device=self._has_device,
+            by_device=self._by_device,
+        )
+        self._gathering = Gather(
+            self._comm, routes, self._held, sizes, by_device=self._by_device
+        )
 
     def _gather(self) -> BaseException | None:
         if self._gathering is None:

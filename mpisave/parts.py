@@ -47,11 +47,9 @@ class Whole:
         entries = self.merged.entries
         names = [show_key(entry.key) for entry in entries]
         of_ranks = self.pieces.by_rank(size)
-        streams = [Stream.of(pieces, self.extents) for pieces in of_ranks]
         return Incoming(
             target,
-            [stream.offsets for stream in streams],
-            [stream.nbytes for stream in streams],
+            [Stream.of(pieces, self.extents) for pieces in of_ranks],
             [[names[e] for e in pieces.entry.tolist()] for pieces in of_ranks],
         )
 

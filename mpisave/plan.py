@@ -73,15 +73,35 @@ class Buffers:
     scratch_nbytes: int
 
 
-def buffers(max_nbytes: int, roots: int = 1) -> Buffers:
-    """Return the buffer sizes that together keep within `max_nbytes` of one root.
+def buffers(
+    max_nbytes: int,
+    roots: int = 1,
+    *,
+    has_device: bool = False,
+    by_device: bool = False,
+) -> Buffers:
+    """Return the buffer sizes that together keep within `max_nbytes` of one rank.
 
     Two rounds are in memory at a time: one travels while the other is written. A root
     beside others also sends, and packs up to one more. A cap below 4 bytes counts as 4.
+
+    Parameters
+    ----------
+    max_nbytes : int
+        The cap.
+    roots : int
+        How many ranks gather.
+    has_device : bool
+        Whether arrays lie on devices: a sender then packs a round for each root while
+        the one before it travels.
+    by_device : bool
+        Whether rounds arrive in memory of a device: two more, copied to the host.
     """
     cap = max(max_nbytes, 4)
     scratch = min(SCRATCH_NBYTES, cap // 4)
-    share = (cap - scratch) // (2 if roots == 1 else 3)
+    as_root = 4 if by_device else 2
+    as_sender = 2 * (roots - 1) if has_device else min(1, roots - 1)
+    share = max(1, (cap - scratch) // (as_root + as_sender))
     return Buffers(min(share, ROUND_NBYTES, MAX_COUNT), scratch)
 
 

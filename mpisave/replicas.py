@@ -70,15 +70,8 @@ def digests_of(
     for ordinal in ordinals:
         array, value = held[ordinal], 0
         with naming(array.name):
-            data = array.view(0, array.nbytes)
-            for start in range(0, array.nbytes, _STAGED_NBYTES):
-                stop = min(start + _STAGED_NBYTES, array.nbytes)
-                if data is None:
-                    part = np.empty(stop - start, np.uint8)
-                    array.stage(start, part)
-                else:
-                    part = data[start:stop]
-                value = crc32c(part, value)
+            for block in array.blocks(0, array.nbytes, _STAGED_NBYTES, _STAGED_NBYTES):
+                value = crc32c(block, value)
         values.append(value)
     return np.array(values, np.uint32)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, deadline, parse
+from mpisave.arrays import library_of, settle
 from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
 from mpisave.comms import private_comm
 from mpisave.election import create_for_all, create_for_roots
@@ -56,6 +57,7 @@ def save(
     state_type: str | None = None,
     max_grouped_size: int | str = "3G",
     replicas: str = "first",
+    transport: str = "auto",
     durable: bool = True,
     overwrite: bool = True,
     timeout: float | None = 600.0,
@@ -96,6 +98,10 @@ def save(
         it. ``"share"``: each of them writes an even part; they must be equal.
         ``"check"``: the same, after their checksums were found to be equal. When
         gathering, ``"share"`` is as ``"first"``.
+    transport : {"auto", "device", "host"}
+        How arrays that lie on devices travel when gathering. ``"device"``: MPI is given
+        memory of the devices. ``"host"``: they are copied to the host first.
+        ``"auto"``: by device where MPI turns out to be CUDA-aware, see docs/gpu.md.
     durable : bool
         Whether to return only when the file outlives a crash of the machine (fsync).
         Without, a crash soon after may lose the new file and the one before it.
@@ -131,6 +137,7 @@ def save(
         "state_type": state_type,
         "max_grouped_size": max_grouped_size,
         "replicas": replicas,
+        "transport": transport,
         "durable": durable,
         "overwrite": overwrite,
         "timeout": timeout,
@@ -141,6 +148,7 @@ def save(
         with clock.step("describe"):
             call.describe(state_dict)
         with clock.step("plan"):
+            call.choose()
             call.plan()
         try:
             with clock.step("stage"):
@@ -211,9 +219,11 @@ class _Call:
 
     def describe(self, state: object) -> None:
         """Find out what this rank holds, checked by state type and format."""
-        digests = exchange(
+        every = exchange(
             self.own, "describe the state dict", lambda: self._describe(state)
         )
+        digests = [pair for pair, _ in every]
+        self.has_device = any(has_device for _, has_device in every)
         mine = self.sealers[self.own.rank]
         if self.roots is None:
             digests = [
@@ -221,7 +231,7 @@ class _Call:
             ]
         self.digests = digests
 
-    def _describe(self, state: object) -> tuple[bytes, bytes]:
+    def _describe(self, state: object) -> tuple[tuple[bytes, bytes], bool]:
         described, held, description = describe(
             flatten(state, self.comm.rank, self.comm.size)
         )
@@ -230,9 +240,15 @@ class _Call:
             for node in described:
                 handler.check(node.key, node.kind, node.type_name)
         self.format.check(described)
+        settle(held)
         self.held: list[HeldArray] = held
         self.description = description
-        return description.structure, description.digest
+        digests = description.structure, description.digest
+        return digests, library_of(held) is not None
+
+    def choose(self) -> None:
+        """Find out whether MPI is given memory of devices."""
+        self.by_device = False
 
     def plan(self) -> None:
         """Get this rank's part of what all ranks hold together."""
@@ -333,6 +349,8 @@ class _Call:
             self.moved,
             # A file object has one position.
             threads=self.threads if isinstance(self.place, str) else 1,
+            has_device=self.has_device,
+            by_device=self.by_device,
         )
         self.mover.allocate()
         on_all_ranks(self.own, "lay out the file", self._lay_out)
@@ -441,7 +459,8 @@ class _Call:
         payload = int(whole.merged.nbytes_of_entries().sum())
         transport = "none"
         if self.comm.size > 1 and (moved.rounds or self.roots is None):
-            transport = "direct (host)" if self.roots is None else "gather (host)"
+            where = "device" if self.by_device else "host"
+            transport = "direct (host)" if self.roots is None else f"gather ({where})"
         return SaveReport(
             (self.target.name,),
             self.target.nbytes,

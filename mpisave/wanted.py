@@ -307,7 +307,7 @@ def _shape_and_dtype(node: Node) -> tuple[Point, np.dtype[Any]] | None:
         raise StateDictError(f"{show_key(node.key)}: {exc}") from exc
     if array is None:
         return None
-    if array.on_device:
+    if array.library is not None:
         raise StateDictError(
             f"{show_key(node.key)} is on a device: load into arrays of the host, and "
             f"copy these"

@@ -1,6 +1,7 @@
 """A device without a device: arrays that the host cannot touch but by the border."""
 
-import ctypes
+import collections
+import threading
 
 import numpy as np
 
@@ -9,11 +10,13 @@ class FakeDeviceArray:
     """Shows host memory behind ``__cuda_array_interface__``; the host may not look.
 
     Anything that would read it as a host array fails: NumPy, the buffer protocol,
-    iteration. Reading is for `FakeDeviceLibrary`.
+    iteration. Reading and writing is for `FakeDeviceLibrary`. MPI, which takes it for
+    device memory, may be given it.
     """
 
-    def __init__(self, host):
+    def __init__(self, host, *, read_only=False):
         self._host = host
+        self._read_only = read_only
 
     @property
     def __cuda_array_interface__(self):
@@ -22,7 +25,7 @@ class FakeDeviceArray:
             "typestr": self._host.dtype.str,
             "shape": self._host.shape,
             "strides": self._host.strides,
-            "data": (self._host.ctypes.data, False),
+            "data": (self._host.ctypes.data, self._read_only),
         }
 
     def __array__(self, *args, **kwargs):
@@ -31,30 +34,115 @@ class FakeDeviceArray:
     __iter__ = __getitem__ = __len__ = __array__
 
 
+class FakeAdopted(FakeDeviceArray):
+    """What the library makes of a device array: it has views, and no values."""
+
+    def __init__(self, host, owner=None):
+        super().__init__(host)
+        self.owner = owner
+        self.shape, self.ndim, self.dtype = host.shape, host.ndim, host.dtype
+        self.size, self.nbytes, self.flags = host.size, host.nbytes, host.flags
+        self.device = "fake"
+
+    def __getitem__(self, where):
+        # A view also of a single element, as CuPy gives.
+        where = where if isinstance(where, tuple) else (where,)
+        if Ellipsis not in where:
+            where = (*where, Ellipsis)
+        return type(self)(self._host[where], self.owner)
+
+
 class FakeDeviceLibrary:
-    """What `mpisave.arrays` asks of CuPy, served from memory; calls are recorded."""
+    """What `mpisave.devices` asks of CuPy, served from memory; calls are recorded.
+
+    A copy is done when what `fence` returned is called, and not before: until then its
+    target holds other bytes. Each thread has a queue of its own, as it has a stream.
+    """
 
     def __init__(self):
         self.calls = []
+        self.settled = 0
+        self.pinned_nbytes = []
+        self.buffer_nbytes = []
+        self._queues = collections.defaultdict(collections.deque)
+        self._lock = threading.RLock()
 
-    def describe(self, array):
-        interface = array.__cuda_array_interface__
-        return np.dtype(interface["typestr"]), tuple(interface["shape"])
+    def adopt(self, obj):
+        if isinstance(obj, FakeAdopted):
+            return obj
+        return FakeAdopted(obj._host, obj)
 
-    def stage(self, array, start, out):
-        self.calls.append((start, out.size))
-        out[:] = self._view(array).reshape(-1)[start : start + out.size]
+    def is_writable(self, obj):
+        return not obj.__cuda_array_interface__["data"][1]
 
-    def stage_box(self, array, where, out):
-        self.calls.append((where, out.size))
-        out[...] = self._view(array)[where]
+    def settle(self, arrays):
+        assert all(isinstance(array, FakeAdopted) for array in arrays)
+        self.settled += 1
 
-    def _view(self, array):
-        interface = array.__cuda_array_interface__
-        dtype = np.dtype(interface["typestr"])
-        shape, strides = interface["shape"], interface["strides"]
-        last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        memory = (ctypes.c_char * (last + dtype.itemsize)).from_address(
-            interface["data"][0]
-        )
-        return np.ndarray(shape, dtype, memory, strides=strides)
+    def empty(self, shape, dtype, device):
+        return FakeAdopted(np.full(shape, 0, dtype))
+
+    def pinned(self, nbytes):
+        self.pinned_nbytes.append(nbytes)
+        return np.full(nbytes, 0xA5, np.uint8)
+
+    def buffer(self, nbytes, like):
+        assert isinstance(like, FakeAdopted)
+        self.buffer_nbytes.append(nbytes)
+        return FakeAdopted(np.full(nbytes, 0xA5, np.uint8))
+
+    def view(self, array, start, stop):
+        return FakeAdopted(array._host.reshape(-1).view(np.uint8)[start:stop])
+
+    def copy(self, source, target):
+        self._queue("copy", _memory(source), _memory(target))
+
+    def read(self, array, start, target):
+        assert array.flags.c_contiguous
+        flat = array._host.reshape(-1).view(np.uint8)
+        self._queue("read", flat[start : start + target.size], _memory(target))
+
+    def write(self, array, start, source):
+        assert array.flags.c_contiguous
+        flat = array._host.reshape(-1).view(np.uint8)
+        self._queue("write", source, flat[start : start + source.size])
+
+    def read_box(self, array, skip, target):
+        packed = np.ascontiguousarray(array._host).reshape(-1).view(np.uint8)
+        self._queue("read box", packed[skip : skip + target.size], _memory(target))
+
+    def write_box(self, array, source):
+        box = source.view(array.dtype).reshape(array.shape)
+        self._queue("write box", box, array._host)
+
+    def fence(self):
+        queue = self._queues[threading.get_ident()]
+        with self._lock:
+            last = queue[-1] if queue else None
+
+        def wait():
+            with self._lock:
+                while last is not None and any(last is copy for copy in queue):
+                    source, target = queue.popleft()
+                    target[...] = source
+
+        return wait
+
+    def _queue(self, name, source, target):
+        assert source.shape == target.shape
+        with self._lock:
+            self.calls.append((name, target.nbytes))
+            if target.dtype == np.uint8:
+                target[...] = 0x5A
+            self._queues[threading.get_ident()].append((source, target))
+
+
+def _memory(buffer):
+    return buffer._host if isinstance(buffer, FakeAdopted) else buffer
+
+
+def put_in_place(monkeypatch):
+    """Have mpisave take the fake for CuPy; return it."""
+    library = FakeDeviceLibrary()
+    monkeypatch.setattr("mpisave.devices._cupy", lambda: library)
+    return library

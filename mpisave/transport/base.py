@@ -57,11 +57,8 @@ class Incoming:
     """What a root receives, and what it writes itself."""
 
     target: Target
-    # For each rank: offset and bytes of the pieces of its stream, in the order in which
-    # it sends them, and the keys of their arrays, for errors.
-    offsets: list[list[int]]
-    nbytes: list[list[int]]
-    names: list[list[str]]
+    streams: list[Stream]  # of each rank, in the order in which it sends them
+    names: list[list[str]]  # the keys of their arrays, for errors
 
 
 @dataclass(slots=True)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpisave.arrays import library_of
 from mpisave.checksum import BLOCK_NBYTES, BlockSums
+from mpisave.devices import fence, host_memory
 from mpisave.errors import naming
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from mpisave.arrays import Bytes, HeldArray
+    from mpisave.arrays import HeldArray
     from mpisave.storage import Target
     from mpisave.transport.base import Moved, Stream
 
@@ -71,6 +73,7 @@ class Direct:
         self._arrays = arrays
         self._between = between
         self._threads = max(1, threads)
+        self._library = library_of(arrays)
         self._scratch_nbytes = max(1, min(_PACKED_NBYTES, max_nbytes // self._threads))
 
     def move(self, moved: Moved, rank: int) -> None:
@@ -134,21 +137,25 @@ class Direct:
             head = len(self._between[first] or b"")
             offset = stream.offsets[first] - head
             end = stream.offsets[stop - 1] + stream.nbytes[stop - 1]
-            packed: Bytes = np.empty(end - offset, np.uint8)
+            packed = host_memory(end - offset, self._library)
             memory = packed.data
             at = 0
+            places = []
             for item in range(first, stop):
                 literal = self._between[item]
                 if literal:
                     memory[at : at + len(literal)] = literal
                     at += len(literal)
                 nbytes, start = stream.nbytes[item], stream.starts[item]
-                part = packed[at : at + nbytes]
                 array = self._arrays[item]
                 with naming(array.name):
-                    array.stage(start, part)
-                sums.add(item, stream.within[item], memory[at : at + nbytes])
+                    array.stage(start, packed[at : at + nbytes])
+                places.append(at)
                 at += nbytes
+            fence(self._library)()
+            for item, at in zip(range(first, stop), places, strict=True):
+                data = memory[at : at + stream.nbytes[item]]
+                sums.add(item, stream.within[item], data)
             with naming(self._arrays[first].name):
                 self._target.write(offset, memory)
             return sums.values
@@ -172,16 +179,12 @@ class Direct:
             start, within = stream.starts[item], stream.within[item]
             done = first
             with naming(array.name):
-                while done < stop:
-                    end = min(stop, done + _STEP_NBYTES)
-                    view = array.view(start + done, start + end)
-                    if view is None:
-                        n = min(self._scratch_nbytes, end - done)
-                        view = np.empty(n, np.uint8)
-                        array.stage(start + done, view)
-                    sums.add(item, within + done, view.data)
-                    self._target.write(stream.offsets[item] + done, view.data)
-                    done += view.size
+                for block in array.blocks(
+                    start + done, start + stop, _STEP_NBYTES, self._scratch_nbytes
+                ):
+                    sums.add(item, within + done, block.data)
+                    self._target.write(stream.offsets[item] + done, block.data)
+                    done += block.size
             return sums.values
 
         return write

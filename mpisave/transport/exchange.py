@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisave.arrays import library_of
 from mpisave.checksum import BlockSums
+from mpisave.devices import fence, host_memory
 from mpisave.errors import naming
 from mpisave.plan import displacements
 from mpisave.shards import slices
@@ -106,7 +108,8 @@ class Exchange:
             ),
             default=0,
         )
-        self._packed = np.empty(min(own, longest), np.uint8)
+        self._library = library_of(held)
+        self._packed = host_memory(min(own, longest), self._library)
         self._sums = BlockSums()
         self._error: BaseException | None = None
 
@@ -174,6 +177,7 @@ class Exchange:
                 where = slices(move.start, move.count, move.origin)
                 array.stage_box(where, packed[at : at + nbytes])
             at += nbytes
+        fence(self._library)()
 
     def _put_together(
         self, chunk: Chunk, incoming: list[Move], received: Any, got: Any

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from boxes import noise, where
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import (
     assert_equal_states,
     assert_on_all_ranks,
@@ -39,6 +39,7 @@ from mpisave import (
     Shards,
     arrays,
     comms,
+    devices,
     moving,
     parts,
     replicas,
@@ -207,8 +208,7 @@ class TestFile:
     def test_device_arrays_are_staged_through_the_border_alone(
         self, comm, shared_dir, monkeypatch, use_binary_format, cap
     ):
-        library = FakeDeviceLibrary()
-        monkeypatch.setattr(arrays, "device_library", lambda: library)
+        library = put_in_place(monkeypatch)
         size, path = comm.size, shared_dir / "x"
         rows, columns = numbers((4 * size, 6), "f8"), numbers((5, 3 * size), ">i2")
         own = numbers((20, 15), "f4", comm.rank)
@@ -372,6 +372,7 @@ class TestMemory:
     ):
         counted, sent = Counted(), []
         monkeypatch.setattr(exchange, "np", Numpy(counted))
+        monkeypatch.setattr(devices, "np", Numpy(counted))
 
         def on_alltoallv(send, received):
             sent.append((sum(send[1]), sum(received[1])))
@@ -560,7 +561,7 @@ class TestReplicas:
     def test_one_flipped_bit_is_found_and_nothing_is_saved(
         self, comm, shared_dir, monkeypatch, held, gather_to
     ):
-        monkeypatch.setattr(arrays, "device_library", FakeDeviceLibrary)
+        put_in_place(monkeypatch)
         old, last = put_old(comm, shared_dir / "x.opt"), comm.size - 1
         x, equal = noise((2**18, 10), "u1", 1), noise(100, "u1", 2)
         sound = {"opt": {"x": x}, "equal": equal, "step": 3}

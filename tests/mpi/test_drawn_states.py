@@ -10,14 +10,14 @@ import traceback
 import numpy as np
 import pytest
 from boxes import boxes_in, noise, shapes, tilings, where
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states, assert_on_all_ranks, small_blocks
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ranks import assert_stock, first_ranks
 
 import mpisave
-from mpisave import PerRank, Shard, Shards, arrays
+from mpisave import PerRank, Shard, Shards
 
 pytestmark = [
     pytest.mark.mpi,
@@ -256,7 +256,7 @@ def settled(drawn):
             patch.setattr("mpisave.reading._SHORTEST_RUN_NBYTES", 32)
         for module in ("saving", "loading"):
             patch.setattr(f"mpisave.{module}.threads_of", lambda *_: drawn["threads"])
-        patch.setattr(arrays, "device_library", FakeDeviceLibrary)
+        put_in_place(patch)
         yield
 
 

@@ -12,9 +12,9 @@ from helpers import assert_on_all_ranks, failing_on, files_in
 from ranks import Numpy, assert_nothing_lost, assert_refused, put_old
 
 import mpisave
-from mpisave import arrays, moving, parts, saving, storage
+from mpisave import arrays, devices, moving, parts, saving, storage
 from mpisave.formats import hdf5, pkl
-from mpisave.transport import gather
+from mpisave.transport import root
 
 pytestmark = [
     pytest.mark.mpi,
@@ -511,7 +511,7 @@ def test_interrupt_on_one_rank_stays_one_and_ends_the_save_of_all(
 
 def test_writer_that_cannot_start_is_raised_everywhere(comm, old, monkeypatch):
     error = RuntimeError("can't start new thread")
-    with failing_on(comm, 0, monkeypatch, gather.threading.Thread, "start", error):
+    with failing_on(comm, 0, monkeypatch, root.threading.Thread, "start", error):
         caught = assert_refused(
             comm, mpisave.CollectiveError, lambda: save(comm, old), "new thread", [0]
         )
@@ -529,11 +529,11 @@ def test_rank_without_memory_for_buffers_is_raised_everywhere(
 ):
     victim %= comm.size
     error = MemoryError("no buffer")
-    # What a rank packs into; on the root, behind it, what a round comes to.
+    # The second of the two rounds of the root.
     calls = 1 if victim == 0 else 0
     with monkeypatch.context() as patch:
         if comm.rank == victim:
-            patch.setattr(gather, "np", Numpy(fail_after(calls, error, np.empty)))
+            patch.setattr(devices, "np", Numpy(fail_after(calls, error, np.empty)))
         caught = assert_refused(
             comm,
             mpisave.CollectiveError,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_on_all_ranks, equal_on_rank
 
 import mpisave
-from mpisave import arrays, moving, storage
+from mpisave import moving, storage
 
 pytestmark = pytest.mark.mpi
 MIB = 2**20
@@ -34,10 +34,10 @@ class Watched:
 def watch(monkeypatch, on_gatherv):
     gather = moving.Gather
 
-    def watched(comm, *rest):
+    def watched(comm, *rest, **how):
         own = Watched(comm, on_gatherv)
         own.raw = Watched(comm.raw, on_gatherv)
-        return gather(own, *rest)
+        return gather(own, *rest, **how)
 
     monkeypatch.setattr(moving, "Gather", watched)
 
@@ -156,8 +156,7 @@ def test_root_never_holds_the_gathered_state(
 def test_device_arrays_are_staged_through_the_border_alone(
     comm, shared_dir, monkeypatch, use_binary_format, cap
 ):
-    library = FakeDeviceLibrary()
-    monkeypatch.setattr(arrays, "device_library", lambda: library)
+    library = put_in_place(monkeypatch)
     host = np.arange(300.0).reshape(20, 15) + comm.rank
     state = {
         f"device{comm.rank}": FakeDeviceArray(host),

@@ -24,6 +24,7 @@ DEFAULTS = {
     "state_type": None,
     "max_grouped_size": "3G",
     "replicas": "first",
+    "transport": "auto",
     "durable": True,
     "overwrite": True,
     "timeout": 600.0,
@@ -145,6 +146,26 @@ def test_other_max_grouped_size_is_refused(value):
 @pytest.mark.parametrize("replicas", ["first", "check", "share"])
 def test_replicas_are_written_by_the_first_or_checked_or_shared(replicas):
     assert parsed(replicas=replicas).replicas == replicas
+
+
+@pytest.mark.parametrize("transport", ["auto", "device", "host"])
+def test_transport_is_chosen_or_given_when_gathering(transport):
+    found = parsed(transport=transport, gather_to=0, state_type="params")
+
+    assert found.transport == transport
+
+
+@pytest.mark.parametrize("transport", ["", "cuda", b"host", None, True, []])
+def test_other_transport_is_refused(transport):
+    with pytest.raises(ArgumentError) as caught:
+        parsed(transport=transport)
+
+    assert f"transport is {transport!r}" in str(caught.value)
+
+
+def test_transport_by_device_is_refused_where_nobody_gathers():
+    with pytest.raises(ArgumentError, match="gather_to"):
+        parsed(transport="device", gather_to=None)
 
 
 @pytest.mark.parametrize("replicas", ["", "First", "last", b"first", None, True, 1, []])
@@ -295,6 +316,7 @@ def test_ranks_that_agree_pass():
         ("state_type", "opt", "params", "'opt' on rank 0, 'params' on rank 2"),
         ("max_grouped_size", "1K", 5, "1024 bytes on rank 0, 5 bytes on rank 2"),
         ("replicas", "first", "share", "'first' on rank 0, 'share' on rank 2"),
+        ("transport", "auto", "host", "'auto' on rank 0, 'host' on rank 2"),
         ("durable", True, False, "True on rank 0, False on rank 2"),
         ("overwrite", False, True, "False on rank 0, True on rank 2"),
     ],

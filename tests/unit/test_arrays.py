@@ -8,12 +8,11 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpisave import arrays
 from mpisave.arrays import (
     dtype_from_name,
     dtype_name,
@@ -22,6 +21,7 @@ from mpisave.arrays import (
     savable,
     stored_dtype,
 )
+from mpisave.devices import fence
 
 ML_DTYPES = [
     np.dtype(getattr(ml_dtypes, name))
@@ -52,9 +52,7 @@ class DLPackArray:
 @pytest.fixture
 def library(monkeypatch):
     """Return what serves device arrays where there is no device."""
-    fake = FakeDeviceLibrary()
-    monkeypatch.setattr(arrays, "device_library", lambda: fake)
-    return fake
+    return put_in_place(monkeypatch)
 
 
 @st.composite
@@ -83,6 +81,7 @@ def staged(held, start, stop):
     # Filled, so that bytes which were not copied show.
     out = np.full(stop - start, 0xA5, np.uint8)
     held.stage(start, out)
+    fence(held.library)()
     return out.tobytes()
 
 
@@ -180,15 +179,25 @@ def test_object_that_only_dlpack_reads_is_an_array():
 
     held = held_array(DLPackArray(made))
 
-    assert (held.dtype, held.shape, held.on_device) == (made.dtype, (3, 4), False)
+    assert (held.dtype, held.shape, held.library) == (made.dtype, (3, 4), None)
     assert np.shares_memory(held.view(0, 48), made)
 
 
-def test_dlpack_object_on_a_device_is_refused():
-    cuda = (2, 0)
+@pytest.mark.parametrize("kind", [2, 13], ids=["device", "managed"])
+def test_object_that_only_dlpack_reads_on_a_device_is_a_device_array(library, kind):
+    made = DLPackArray(np.arange(3.0), device=(kind, 0))
 
-    with pytest.raises(TypeError, match="__cuda_array_interface__"):
-        held_array(DLPackArray(np.zeros(3), device=cuda))
+    held = held_array(made)
+
+    assert held.library is library
+    assert staged(held, 0, 24) == np.arange(3.0).tobytes()
+
+
+def test_dlpack_object_on_a_device_of_another_kind_is_refused():
+    rocm = (10, 0)
+
+    with pytest.raises(TypeError, match="kind 10"):
+        held_array(DLPackArray(np.zeros(3), device=rocm))
 
 
 @pytest.mark.parametrize(
@@ -230,27 +239,78 @@ class TestDevice:
 
         held = held_array(made)
 
-        assert held.source is made
-        assert held.on_device
+        assert held.source.owner is made
+        assert held.library is library
         assert (held.dtype, held.shape) == (np.dtype(np.float32), (2, 3))
         assert held.view(0, 24) is None
         assert library.calls == []
 
-    def test_whole_elements_are_staged_in_one_copy(self, library):
+    @pytest.mark.parametrize(("start", "stop"), [(16, 40), (3, 9)])
+    def test_bytes_of_a_contiguous_array_are_staged_in_one_copy(
+        self, library, start, stop
+    ):
         host = np.arange(10, dtype=np.float64)
 
-        found = staged(held_array(FakeDeviceArray(host)), 16, 40)
+        found = staged(held_array(FakeDeviceArray(host)), start, stop)
 
-        assert found == host.tobytes()[16:40]
-        assert library.calls == [(2, 3)]
+        assert found == host.tobytes()[start:stop]
+        assert library.calls == [("read", stop - start)]
 
-    def test_cut_element_is_staged_whole_and_then_cut(self, library):
-        host = np.arange(4, dtype=np.int32)
+    def test_nothing_is_there_before_the_fence(self, library):
+        host, out = np.arange(10.0), np.zeros(80, np.uint8)
 
-        found = staged(held_array(FakeDeviceArray(host)), 3, 9)
+        held_array(FakeDeviceArray(host)).stage(0, out)
 
-        assert found == host.tobytes()[3:9]
-        assert library.calls == [(0, 3)]
+        assert out.tobytes() != host.tobytes()
+        fence(library)()
+        assert out.tobytes() == host.tobytes()
+
+    def test_host_and_device_arrays_go_to_a_buffer_of_the_device(self, library):
+        host = np.arange(24, dtype=np.int32).reshape(4, 6)
+        for made in (host, host[:, ::2], FakeDeviceArray(host[::2])):
+            held = held_array(made)
+            buffer = library.buffer(
+                held.nbytes, held_array(FakeDeviceArray(host)).source
+            )
+
+            held.stage(0, buffer)
+            fence(library)()
+            found = np.zeros(held.nbytes, np.uint8)
+            library.copy(buffer, found)
+            fence(library)()
+
+            data = (host[::2] if held.library else made).tobytes()
+            assert found.tobytes() == data
+
+    @pytest.mark.parametrize("layout", ["C", "strided"])
+    def test_device_array_is_filled(self, library, layout):
+        host, data = np.zeros((4, 6), np.int32), np.arange(12, dtype=np.int32)
+        box = host[:, :3] if layout == "strided" else host[:2]
+        held = held_array(FakeDeviceArray(box))
+
+        if layout == "C":
+            held.fill(0, data.view(np.uint8))
+        else:
+            held.fill_box((slice(0, 4), slice(0, 3)), data.view(np.uint8))
+        fence(library)()
+
+        assert box.tobytes() == data.tobytes()
+        assert np.count_nonzero(host) == 11
+
+    @pytest.mark.parametrize("scratch", [2, 7, 16, 1000])
+    @pytest.mark.parametrize("where", ["device", "host"])
+    def test_blocks_are_the_bytes_in_order_within_the_scratch(
+        self, library, where, scratch
+    ):
+        host = np.arange(60, dtype=np.int32).reshape(6, 10)[:, ::3]
+        held = held_array(FakeDeviceArray(host) if where == "device" else host)
+
+        found = [bytes(block) for block in held.blocks(3, 90, 16, scratch)]
+
+        assert b"".join(found) == host.tobytes()[3:90]
+        assert max(map(len, found)) <= max(1, min(16, scratch // 2))
+        if where == "device":
+            assert sum(library.pinned_nbytes) <= scratch
 
     @pytest.mark.parametrize("layout", ["C", "F", "strided"])
     def test_every_byte_range_is_staged(self, library, layout):
@@ -278,7 +338,7 @@ class TestDevice:
             raise RuntimeError("an illegal memory access was encountered")
 
         held = held_array(FakeDeviceArray(np.zeros(3)))
-        monkeypatch.setattr(library, "stage", fail)
+        monkeypatch.setattr(library, "read", fail)
 
         with pytest.raises(RuntimeError, match="illegal memory access"):
             held.stage(0, np.empty(24, np.uint8))

@@ -9,13 +9,13 @@ import h5py
 import numpy as np
 import pytest
 from boxes import made, noise, tilings, where
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states, files_in, small_blocks
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import mpisave
-from mpisave import PerRank, Shard, Shards, arrays, saving
+from mpisave import PerRank, Shard, Shards, saving
 from mpisave.comms import SoloComm
 from mpisave.errors import StateDictError
 
@@ -89,7 +89,7 @@ class TestShards:
 
         with pytest.MonkeyPatch.context() as patch, small_blocks(64):
             patch.setattr("mpisave.plan.SHORTEST_RUN_NBYTES", shortest)
-            patch.setattr(arrays, "device_library", FakeDeviceLibrary)
+            put_in_place(patch)
             file = saved(
                 state, use_binary_format=use_binary_format, max_grouped_size=cap
             )

@@ -11,6 +11,7 @@ PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
     ("errors",),
+    ("devices",),
     ("arrays", "checksum", "deadlines", "fileobject", "room", "staging"),
     ("comms", "storage"),
     ("collective", "placement"),
@@ -38,7 +39,7 @@ MAY_IMPORT_MPISAVE = {"saving": "in a function", "bench": "anywhere"}
 # At run time, a folder with all that is in it. bench measures the same work done with
 # these libraries.
 MAY_IMPORT = {
-    "cupy": {"arrays"},
+    "cupy": {"devices"},
     "h5py": {"formats.hdf5", "formats.hdf5_inspection", "bench"},
     "mpi4py": {
         *("deadlines", "comms", "placement", "transport"),

@@ -146,14 +146,14 @@ def test_rank_that_is_stopped_while_payload_travels_is_named(job):
         """
 state[f"large{comm.rank}"] = np.ones(2**21)
 def stop(name):
-    from mpisave.transport import gather
-    send = gather._Sender._gatherv
+    from mpisave.transport.sender import Sender
+    send = Sender._igatherv
     def stopping(self, data, calls=[]):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
-        send(self, data)
-    gather._Sender._gatherv = stopping
+        return send(self, data)
+    Sender._igatherv = stopping
 if comm.rank == 1:
     stop("x")
 raise told(lambda: save(gather_to=0, max_grouped_size="4M"))
@@ -169,15 +169,15 @@ def test_rank_that_is_interrupted_while_it_packs_tells_the_others(job):
     found = job(
         """
 state[f"large{comm.rank}"] = np.ones(2**21)
-from mpisave.transport import gather
-send = gather._Sender._gatherv
+from mpisave.transport.sender import Sender
+send = Sender._igatherv
 def interrupted(self, data, calls=[]):
     calls.append(1)
     if len(calls) == 3:
         raise KeyboardInterrupt
-    send(self, data)
+    return send(self, data)
 if comm.rank == 1:
-    gather._Sender._gatherv = interrupted
+    Sender._igatherv = interrupted
 told(lambda: save(gather_to=0, max_grouped_size="4M", timeout=60))
 time.sleep(2)
 os._exit(0)

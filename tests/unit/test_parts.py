@@ -256,6 +256,8 @@ class TestDivide:
 
         incoming = whole.incoming(Memory(), 3)
 
-        assert incoming.nbytes == [[4], [5], [6]]
+        assert [stream.nbytes for stream in incoming.streams] == [[4], [5], [6]]
         assert incoming.names == [["'x0'"], ["'x1'"], ["'x2'"]]
-        assert incoming.offsets == [[extent.offset] for extent in whole.layout.extents]
+        assert [stream.offsets for stream in incoming.streams] == [
+            [extent.offset] for extent in whole.layout.extents
+        ]

@@ -107,6 +107,7 @@ def test_arguments_of_save_are_frozen():
         ("state_type", None),
         ("max_grouped_size", "3G"),
         ("replicas", "first"),
+        ("transport", "auto"),
         ("durable", True),
         ("overwrite", True),
         ("timeout", 600.0),

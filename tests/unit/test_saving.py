@@ -14,11 +14,10 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states, files_in
 
 import mpisave
-from mpisave import arrays
 from mpisave.errors import (
     ArgumentError,
     LaunchError,
@@ -266,14 +265,14 @@ class TestWhatIsSaved:
     def test_device_array_is_saved_without_being_read_by_numpy(
         self, monkeypatch, use_binary_format
     ):
-        library = FakeDeviceLibrary()
-        monkeypatch.setattr(arrays, "device_library", lambda: library)
+        library = put_in_place(monkeypatch)
         host = np.arange(12, dtype=np.float32).reshape(3, 4)
 
         found = reloaded({"w": FakeDeviceArray(host)}, use_binary_format)
 
         assert_equal_states(found, {"w": host})
-        assert library.calls == [(0, 12)]
+        assert library.calls == [("read", 48)]
+        assert library.settled == 1
 
     @pytest.mark.parametrize("use_binary_format", FORMATS)
     def test_arrays_are_not_modified(self, use_binary_format):

@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from boxes import described
-from fakes import FakeDeviceArray, FakeDeviceLibrary
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states
 
 import mpisave
-from mpisave import PerRank, Shard, Shards, arrays
+from mpisave import PerRank, Shard, Shards
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -335,7 +335,7 @@ class TestMatch:
             )
 
     def test_device_array_is_refused_with_advice(self, monkeypatch):
-        monkeypatch.setattr(arrays, "device_library", FakeDeviceLibrary)
+        put_in_place(monkeypatch)
         like = {"x": FakeDeviceArray(np.zeros(2))}
 
         with pytest.raises(StateDictError, match="'x' is on a device: load into"):

@@ -1,0 +1,248 @@
+"""The border to CuPy: arrays in device memory, and copies that are queued.
+
+Only this module imports CuPy, and only when a state holds device arrays. A copy between
+host and device is queued on a stream of the thread that asks for it, and has been done
+when what `fence` returned was called: meanwhile the thread does something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class DeviceLibrary(Protocol):
+    """What mpisave asks of the library that reads and writes device memory.
+
+    An `array` is what `adopt` or `empty` returned; a `buffer` what `buffer` did, or a
+    slice of it. Copies are queued, in the order in which a thread asks for them.
+    """
+
+    def adopt(self, obj: Any) -> Any:
+        """Return `obj` as an array with ``dtype``, ``shape`` and ``flags``; no copy."""
+        ...
+
+    def is_writable(self, obj: Any) -> bool:
+        """Return whether `obj` says that it may be written to."""
+        ...
+
+    def settle(self, arrays: Iterable[Any]) -> None:
+        """Wait for all work on the devices of `arrays`, whoever has queued it."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
+        """Return a new array on `device`: a number, an array there, or None."""
+        ...
+
+    def pinned(self, nbytes: int) -> Bytes:
+        """Return host memory that the device copies from and to by itself."""
+        ...
+
+    def buffer(self, nbytes: int, like: Any) -> Any:
+        """Return device memory on the device of array `like`: MPI is given it."""
+        ...
+
+    def copy(self, source: Any, target: Any) -> None:
+        """Copy all bytes; each is a buffer, or contiguous bytes of the host."""
+        ...
+
+    def view(self, array: Any, start: int, stop: int) -> Any | None:
+        """Return bytes of a contiguous array as a buffer, if MPI may be given them."""
+        ...
+
+    def read(self, array: Any, start: int, target: Any) -> None:
+        """Copy bytes from byte `start` of a contiguous array to a buffer or host."""
+        ...
+
+    def write(self, array: Any, start: int, source: Bytes) -> None:
+        """Copy bytes of the host to a contiguous array, from its byte `start` on."""
+        ...
+
+    def read_box(self, array: Any, skip: int, target: Any) -> None:
+        """As `read`, of an array that need not be contiguous, in C order."""
+        ...
+
+    def write_box(self, array: Any, source: Bytes) -> None:
+        """Copy bytes of the host, in C order, to an array of any strides."""
+        ...
+
+    def fence(self) -> Callable[[], None]:
+        """Return what waits for all that this thread has queued so far."""
+        ...
+
+
+class _Queues(threading.local):
+    """The streams of one thread, by device; those with copies behind the last fence."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, Any] = {}
+        self.dirty: set[int] = set()
+
+
+class _CuPy:
+    """Device arrays through CuPy, whichever library made them."""
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError as exc:
+            raise ImportError(
+                f"arrays on a device are copied by CuPy, and that cannot be imported "
+                f"({exc}): pip install 'mpisave[cuda12]' or 'mpisave[cuda13]', "
+                f"whichever CUDA the machine has"
+            ) from exc
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._queues = _Queues()
+
+    def adopt(self, obj: Any) -> Any:
+        cupy = self._cupy
+        if isinstance(obj, cupy.ndarray):
+            return obj
+        interface = getattr(obj, "__cuda_array_interface__", None)
+        # Dtypes of ml_dtypes are raw bytes there; DLPack knows bfloat16.
+        if interface is not None and np.dtype(interface["typestr"]).kind != "V":
+            return cupy.asarray(obj)
+        if hasattr(obj, "__dlpack__"):
+            return cupy.from_dlpack(obj)
+        return cupy.asarray(obj)
+
+    def is_writable(self, obj: Any) -> bool:
+        if isinstance(obj, self._cupy.ndarray):
+            return True
+        # DLPack alone may be all that arrays have which nobody may change.
+        interface = getattr(obj, "__cuda_array_interface__", None)
+        return interface is not None and not interface["data"][1]
+
+    def settle(self, arrays: Iterable[Any]) -> None:
+        for number in {array.device.id for array in arrays}:
+            with self._cupy.cuda.Device(number):
+                self._runtime.deviceSynchronize()
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
+        number = device.device.id if hasattr(device, "device") else device
+        with self._cupy.cuda.Device(number):
+            return self._cupy.empty(shape, dtype)
+
+    def pinned(self, nbytes: int) -> Bytes:
+        # Of CuPy's pool: what is freed is used again, since pinning is slow.
+        memory = self._cupy.cuda.alloc_pinned_memory(max(1, nbytes))
+        return np.frombuffer(memory, np.uint8, max(1, nbytes))[:nbytes]
+
+    def buffer(self, nbytes: int, like: Any) -> Any:
+        with like.device:
+            made = self._cupy.empty(nbytes, np.uint8)
+            # The pool may give memory that work of other streams is not done with.
+            self._runtime.deviceSynchronize()
+        return made
+
+    def copy(self, source: Any, target: Any) -> None:
+        on_device = source if isinstance(source, self._cupy.ndarray) else target
+        self._queue(_address(target), _address(source), target.size, on_device)
+
+    def view(self, array: Any, start: int, stop: int) -> Any | None:
+        kind = self._runtime.pointerGetAttributes(array.data.ptr).type
+        if kind != self._runtime.memoryTypeDevice:  # managed: not every MPI knows it
+            return None
+        return array.reshape(-1).view(self._cupy.uint8)[start:stop]
+
+    def read(self, array: Any, start: int, target: Any) -> None:
+        self._queue(_address(target), array.data.ptr + start, target.size, array)
+
+    def write(self, array: Any, start: int, source: Bytes) -> None:
+        self._queue(array.data.ptr + start, _address(source), source.size, array)
+
+    def read_box(self, array: Any, skip: int, target: Any) -> None:
+        with self._stream(array):
+            # Of the pool of this stream: it is not given away before the copy is done.
+            packed = self._cupy.ascontiguousarray(array)
+            self._queue(_address(target), packed.data.ptr + skip, target.size, array)
+
+    def write_box(self, array: Any, source: Bytes) -> None:
+        with self._stream(array):
+            packed = self._cupy.empty(array.shape, array.dtype)
+            self._queue(packed.data.ptr, _address(source), source.size, array)
+            array[...] = packed
+
+    def fence(self) -> Callable[[], None]:
+        queues = self._queues
+        if not queues.dirty:
+            return _nothing
+        events = []
+        for number in queues.dirty:
+            with self._cupy.cuda.Device(number):
+                event = self._cupy.cuda.Event(disable_timing=True)
+                event.record(queues.streams[number])
+            events.append(event)
+        queues.dirty.clear()
+
+        def wait() -> None:
+            for event in events:
+                event.synchronize()
+
+        return wait
+
+    def _queue(self, target: int, source: int, nbytes: int, on_device: Any) -> None:
+        if nbytes:
+            with self._stream(on_device) as stream:
+                self._runtime.memcpyAsync(
+                    target, source, nbytes, self._runtime.memcpyDefault, stream.ptr
+                )
+
+    @contextlib.contextmanager
+    def _stream(self, array: Any) -> Iterator[Any]:
+        """Make the device of an array, and this thread's stream there, the current."""
+        number, queues = array.device.id, self._queues
+        with self._cupy.cuda.Device(number):
+            if number not in queues.streams:
+                queues.streams[number] = self._cupy.cuda.Stream(non_blocking=True)
+            queues.dirty.add(number)
+            with queues.streams[number] as stream:
+                yield stream
+
+
+def _address(memory: Any) -> int:
+    address: int = (
+        memory.ctypes.data if isinstance(memory, np.ndarray) else memory.data.ptr
+    )
+    return address
+
+
+def _nothing() -> None:
+    """Wait for nothing."""
+
+
+@functools.cache
+def _cupy() -> _CuPy:
+    return _CuPy()
+
+
+def device_library() -> DeviceLibrary:
+    """Return the library of device arrays. Tests put a fake in its place.
+
+    Raises
+    ------
+    ImportError
+        If there is none.
+    """
+    return _cupy()
+
+
+def host_memory(nbytes: int, library: DeviceLibrary | None) -> Bytes:
+    """Return memory for bytes that a device copies, or that none does."""
+    return np.empty(nbytes, np.uint8) if library is None else library.pinned(nbytes)
+
+
+def fence(library: DeviceLibrary | None) -> Callable[[], None]:
+    """Return what waits for the copies that this thread has queued so far."""
+    return _nothing if library is None else library.fence()
