@@ -112,13 +112,14 @@ class HeldArray:
         elif self.library is not None:
             self.library.write(self.source, start, data)
 
-    def fill_box(self, where: tuple[slice, ...], data: Bytes) -> None:
-        """Copy `data`, elements in C order, to ``[where]``: queued, if on a device."""
-        part = self.source[(..., *where)]
+    def fill_box(self, where: tuple[slice, ...], part: npt.NDArray[Any]) -> None:
+        """Copy `part`, of the box's shape, to ``[where]``: queued, if on a device."""
+        box = self.source[(..., *where)]
         if self.library is not None:
-            self.library.write_box(part, data)
+            packed = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            self.library.write_box(box, packed)
         else:
-            part[...] = data.view(self.dtype).reshape(part.shape)
+            box[...] = part
 
     def blocks(
         self, start: int, stop: int, nbytes: int, scratch_nbytes: int

@@ -41,7 +41,13 @@ class DeviceLibrary(Protocol):
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
-        """Return a new array on `device`: a number, an array there, or None."""
+        """Return a new array on `device`: a number, an array there, or None.
+
+        Raises
+        ------
+        TypeError
+            If there are no arrays of that dtype.
+        """
         ...
 
     def pinned(self, nbytes: int) -> Bytes:
@@ -130,6 +136,8 @@ class _CuPy:
                 self._runtime.deviceSynchronize()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
+        if not dtype.isnative:
+            raise TypeError("devices have no swapped byte order")
         number = device.device.id if hasattr(device, "device") else device
         with self._cupy.cuda.Device(number):
             return self._cupy.empty(shape, dtype)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mpisave.arguments import check_same, deadline, parse_timeout
+from mpisave.arrays import settle
 from mpisave.collective import Steps
 from mpisave.comms import SoloComm, private_comm
+from mpisave.devices import device_library
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -31,7 +34,7 @@ from mpisave.sharing import read_shared
 from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
 from mpisave.tree import flatten
-from mpisave.wanted import All, Match, is_whole, rank_of, saved_ranks
+from mpisave.wanted import HOST, All, Match, Place, is_whole, rank_of, saved_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +60,7 @@ def load(
     like: Any = None,
     into: str = "new",
     keys: str | tuple[str | int, ...] | Iterable[Any] | None = None,
+    device: str | None = None,
     mmap: bool = False,
     missing: str = "error",
     unexpected: str = "error",
@@ -91,6 +95,10 @@ def load(
         Load only a part. A str is a glob (``"encoder/*"``) for the parts of a key,
         joined by ``/``; a tuple is one key. What of `like` was not asked for stays as
         it is.
+    device : str or None
+        Where new arrays are made: ``"cpu"``, ``"cuda"``, the current device of CUDA, or
+        ``"cuda:1"`` by its number. None: where the arrays of `like` are, else the host.
+        Arrays on a device are CuPy arrays.
     mmap : bool
         Map arrays, read-only, without reading or verifying them.
     missing : {"error", "keep"}
@@ -134,7 +142,7 @@ def load(
         If the file system refuses.
     """
     options = _Options(
-        *(into, missing, unexpected, mmap, verify, allow_pickle),
+        *(into, missing, unexpected, mmap, verify, allow_pickle, device),
         *(keys, per_rank, timeout),
     )
     meant = SoloComm() if comm is None else communicator(comm)
@@ -150,6 +158,7 @@ class _Options:
     mmap: bool
     verify: bool
     allow_pickle: bool
+    device: Any
     keys: Any
     per_rank: Any
     timeout: Any
@@ -173,7 +182,26 @@ class _Options:
         parse_timeout(self.timeout)
         if self.mmap and self.into == "inplace":
             raise ArgumentError("mmap=True maps arrays: they cannot be filled in place")
+        self.place()
         return tuple((name, getattr(self, name)) for name in legal)
+
+    def place(self) -> Place | None:
+        """Return where new arrays are made; None: where those of `like` are."""
+        device = self.device
+        if device is None or device == "cpu":
+            return None if device is None else HOST
+        found = isinstance(device, str) and re.fullmatch(r"cuda(:[0-9]{1,4})?", device)
+        if not found:
+            raise ArgumentError(
+                f"device is {device!r}: it is 'cpu', 'cuda', 'cuda:1', or None"
+            )
+        if self.mmap or self.into == "inplace":
+            what = "mmap=True maps" if self.mmap else "into='inplace' fills"
+            raise ArgumentError(
+                f"device is {device!r}, where new arrays are made: {what} others"
+            )
+        number = found[1]
+        return Place(device_library(), None if number is None else int(number[1:]))
 
 
 class _Load(Steps):
@@ -294,10 +322,11 @@ class _Load(Steps):
     def _foreign(self, source: Source, like: Any) -> Any:
         options = self.options
         with naming_file(source.name):
-            if like is not None or options.keys is not None or options.mmap:
+            asks = (like, options.keys, options.device)
+            if any(asked is not None for asked in asks) or options.mmap:
                 raise FileFormatError(
-                    "like=, keys= and mmap= need a file of mpisave: this pickle has no "
-                    "index. Load it whole."
+                    "like=, keys=, device= and mmap= need a file of mpisave: this "
+                    "pickle has no index. Load it whole."
                 )
             if options.allow_pickle:
                 return pkl.load_trusted(source)
@@ -322,6 +351,8 @@ class _Load(Steps):
                 self._arrays = content.arrays()
                 nodes = select(content, self.options.keys)
                 found = self._want(nodes, like, source)
+            # What is filled may be in use still, by work that was queued before.
+            settle(want.held for want in found.wants)
             made.append(found)
             leaves = {node.key for node in nodes if node.kind == "leaf"}
             return self._bits(leaves), self._bits(found.wanted), found.missing
@@ -348,13 +379,14 @@ class _Load(Steps):
                 saved = {key: ranks for key, ranks in saved.items() if key in asked}
             rank = rank_of(saved, own.rank, own.size, options.per_rank)
         if like is None:
-            return All(nodes, rank, make)
+            return All(nodes, rank, make, options.place())
         return Match(
             like,
             nodes,
             rank or 0,
             make,
             in_place=options.into == "inplace",
+            place=options.place(),
             is_part=options.keys is not None,
         )
 
@@ -401,7 +433,11 @@ class _Load(Steps):
 
     def _in_common(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
         """Return what all ranks want whole, and the rest of what this one wants."""
-        whole = {want.stored.key: want for want in wants if is_whole(want)}
+        whole = {
+            want.stored.key: want
+            for want in wants
+            if is_whole(want) and want.held.library is None
+        }
         every = self.exchange("find what all ranks want", lambda: self._bits({*whole}))
         bits = np.bitwise_and.reduce([np.frombuffer(b, np.uint8) for b in every])
         by_all = np.unpackbits(bits, count=len(self._order)).tolist()

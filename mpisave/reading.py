@@ -6,12 +6,15 @@ import contextlib
 import itertools
 import math
 import mmap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisave.arrays import library_of
 from mpisave.checksum import BLOCK_NBYTES, crc32c
+from mpisave.devices import host_memory
 from mpisave.errors import ArgumentError, FileFormatError, show_key
 from mpisave.shards import boxes_of_range, common, run_elements, slices, spans
 from mpisave.wanted import is_whole
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from mpisave.devices import DeviceLibrary
     from mpisave.formats.index import Stored
     from mpisave.shards import Point
     from mpisave.storage import Source
@@ -68,35 +72,63 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     FileFormatError
         If bytes are missing, or are not what was saved.
     """
-    jobs = _jobs(source, wants, verify=verify)
+    copies = _Copies()
+    jobs = _jobs(source, wants, copies, verify=verify)
     if threads == 1:
         for job in jobs:
             job()
-        return
-    with ThreadPoolExecutor(threads, "mpisave reader") as pool:
-        while batch := list(itertools.islice(jobs, 64 * threads)):
-            list(pool.map(lambda job: job(), batch))
+    else:
+        with ThreadPoolExecutor(threads, "mpisave reader") as pool:
+            while batch := list(itertools.islice(jobs, 64 * threads)):
+                list(pool.map(lambda job: job(), batch))
+    copies.finish()
+
+
+class _Copies:
+    """Copies to a device: one for each thread, while it reads what comes next."""
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+        self._every: list[list[tuple[Any, Callable[[], None]]]] = []
+
+    def begun(self, buffer: Any, library: DeviceLibrary | None) -> None:
+        """Keep `buffer` until what this thread has queued from it is done."""
+        if library is None:
+            return
+        if not hasattr(self._mine, "copies"):
+            self._mine.copies = []
+            self._every.append(self._mine.copies)
+        copies = self._mine.copies
+        copies.append((buffer, library.fence()))
+        if len(copies) > 1:
+            copies.pop(0)[1]()
+
+    def finish(self) -> None:
+        """Wait for those of all threads."""
+        for copies in self._every:
+            for _, wait in copies:
+                wait()
 
 
 def _jobs(
-    source: Source, wants: Sequence[Want], *, verify: bool
+    source: Source, wants: Sequence[Want], copies: _Copies, *, verify: bool
 ) -> Iterator[Callable[[], None]]:
     small: list[Want] = []
     ordered = sorted(wants, key=lambda want: want.stored.extent.offset)
     for want in ordered:
-        if want.array.size == 0:
+        if want.held.nbytes == 0:
             continue
         if want.stored.extent.nbytes < _SMALL_NBYTES and is_whole(want):
             if small and not _fits(small, want):
-                yield _Together(source, small, verify=verify)
+                yield _Together(source, small, copies, verify=verify)
                 small = []
             small.append(want)
             continue
         box = _Box(source, want, verify=verify)
         for first, stop in box.windows():
-            yield _Window(box, first, stop)
+            yield _Window(box, copies, first, stop)
     if small:
-        yield _Together(source, small, verify=verify)
+        yield _Together(source, small, copies, verify=verify)
 
 
 def _fits(small: Sequence[Want], want: Want) -> bool:
@@ -112,24 +144,33 @@ def _fits(small: Sequence[Want], want: Want) -> bool:
 class _Together:
     """Small arrays that lie close together: one read."""
 
-    def __init__(self, source: Source, wants: Sequence[Want], *, verify: bool) -> None:
-        self._source, self._wants, self._verify = source, wants, verify
+    def __init__(
+        self,
+        source: Source,
+        wants: Sequence[Want],
+        copies: _Copies,
+        *,
+        verify: bool,
+    ) -> None:
+        self._source, self._wants, self._copies = source, wants, copies
+        self._verify = verify
 
     def __call__(self) -> None:
         first = self._wants[0].stored.extent.offset
         stop = self._wants[-1].stored.extent.stop
-        data = bytearray(stop - first)
-        memory = memoryview(data)
-        done = self._source.read_into(first, memory)
+        library = library_of(want.held for want in self._wants)
+        data = host_memory(stop - first, library)
+        done = self._source.read_into(first, data.data)
         for want in self._wants:
             extent = want.stored.extent
             start = extent.offset - first
-            part = memory[start : start + extent.nbytes]
+            part = data[start : start + extent.nbytes]
             if start + extent.nbytes > done:
                 _refuse_torn(want.stored, max(0, done - start))
             if self._verify:
-                check_blocks(want.stored, part)
-            want.array.reshape(-1).view(np.uint8).data[:] = part
+                check_blocks(want.stored, part.data)
+            want.held.fill(0, part)
+        self._copies.begun(data, library)
 
 
 class _Box:
@@ -137,9 +178,9 @@ class _Box:
 
     def __init__(self, source: Source, want: Want, *, verify: bool) -> None:
         self.source, self.stored, self.verify = source, want.stored, verify
-        self.start, self.array = want.start, want.array
+        self.start, self.held = want.start, want.held
         self.itemsize = want.stored.dtype.itemsize
-        self.count = want.array.shape
+        self.count = want.held.shape
         shape = want.stored.shape
         counts = np.array([self.count], np.int64).reshape(1, -1)
         run_nbytes = int(run_elements(shape, counts)[0]) * self.itemsize
@@ -153,9 +194,7 @@ class _Box:
         self.runs: npt.NDArray[np.int64] = firsts * self.itemsize
         self.run_nbytes = length * self.itemsize
         # Without gaps in them, runs may go where they lie: no copy.
-        self.flat: npt.NDArray[np.uint8] | None = None
-        if self.array.flags.c_contiguous and run_nbytes == self.run_nbytes:
-            self.flat = self.array.reshape(-1).view(np.uint8)
+        self.is_flat = self.held.is_contiguous and run_nbytes == self.run_nbytes
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """Yield the bytes to read: first and stop, from the start of the array."""
@@ -172,9 +211,9 @@ class _Box:
             end = max(end, high + 1)
         yield from _cut(begin * unit, min(end * unit, total), most)
 
-    def inside(self, first: int, stop: int) -> npt.NDArray[np.uint8] | None:
-        """Return the memory for bytes that all lie in one run, or None."""
-        if self.flat is None:
+    def inside(self, first: int, stop: int) -> int | None:
+        """Return where bytes that all lie in one run begin in the box, or None."""
+        if not self.is_flat:
             return None
         number = int(np.searchsorted(self.runs, first, side="right")) - 1
         if number < 0:
@@ -182,8 +221,7 @@ class _Box:
         skip = first - int(self.runs[number])
         if stop - first + skip > self.run_nbytes:
             return None
-        at = number * self.run_nbytes + skip
-        return self.flat[at : at + stop - first]
+        return number * self.run_nbytes + skip
 
 
 def _cut(first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
@@ -194,13 +232,15 @@ def _cut(first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
 class _Window:
     """One read of a box."""
 
-    def __init__(self, box: _Box, first: int, stop: int) -> None:
-        self._box, self._first, self._stop = box, first, stop
+    def __init__(self, box: _Box, copies: _Copies, first: int, stop: int) -> None:
+        self._box, self._copies = box, copies
+        self._first, self._stop = first, stop
 
     def __call__(self) -> None:
         box, first, stop = self._box, self._first, self._stop
-        there = box.inside(first, stop)
-        data = np.empty(stop - first, np.uint8) if there is None else there
+        held, at = box.held, box.inside(first, stop)
+        there = None if at is None else held.view(at, at + stop - first)
+        data = host_memory(stop - first, held.library) if there is None else there
         if box.verify:
             # A block is checked while it is in the cache.
             for start in range(0, stop - first, BLOCK_NBYTES):
@@ -209,8 +249,13 @@ class _Window:
                 check_blocks(box.stored, part.data, (first + start) // BLOCK_NBYTES)
         else:
             self._read(first, data)
-        if there is None:
+        if there is not None:
+            return
+        if at is not None:
+            held.fill(at, data)
+        else:
             self._copy(data)
+        self._copies.begun(data, held.library)
 
     def _read(self, at: int, out: npt.NDArray[np.uint8]) -> None:
         read_exactly(self._box.source, self._box.stored, at, out)
@@ -229,7 +274,8 @@ class _Window:
             shared = common(start, count, box.start, box.count)
             if shared is not None:
                 part = elements[at : at + n].reshape(count)
-                box.array[slices(*shared, box.start)] = part[slices(*shared, start)]
+                where = slices(*shared, box.start)
+                box.held.fill_box(where, part[slices(*shared, start)])
             at += n
 
 

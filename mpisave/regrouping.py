@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisave.arrays import library_of
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks, together
+from mpisave.devices import fence, host_memory
 from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
 from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
@@ -81,7 +83,7 @@ def read_regrouped(
     """
     short = {place: want for place, want in enumerate(wants) if _is_short(want)}
     mine = [
-        (want.stored.key, place, want.start, want.array.shape)
+        (want.stored.key, place, want.start, want.held.shape)
         for place, want in short.items()
     ]
     every = exchange(comm, "find what several ranks want", lambda: mine)
@@ -104,12 +106,13 @@ def read_regrouped(
 
 def _is_short(want: Want) -> bool:
     """Return whether a box lies in the file in runs too short to read each."""
-    if not want.array.size or is_whole(want):
+    held = want.held
+    if not held.nbytes or is_whole(want):
         return False
-    count = np.array([want.array.shape], np.int64).reshape(1, -1)
+    count = np.array([held.shape], np.int64).reshape(1, -1)
     run = int(run_elements(want.stored.shape, count)[0])
-    nbytes = run * want.array.itemsize
-    return run < want.array.size and nbytes < SHORTEST_RUN_NBYTES
+    nbytes = run * held.dtype.itemsize
+    return nbytes < min(held.nbytes, SHORTEST_RUN_NBYTES)
 
 
 def _demands(
@@ -172,8 +175,9 @@ class _Regrouping:
         sends = [self._nbytes(self._woven, c) for c in found if c.writer == comm.rank]
         mine = [_boxes_of(array, comm.rank) for array in self._woven]
         gets = [sum(self._nbytes(mine, c) for c in every) for every in self._rounds]
+        self._library = library_of(want.held for want in wants)
         self._packed = np.empty(max(sends, default=0), np.uint8)
-        self._received = np.empty(max(gets, default=0), np.uint8)
+        self._received = host_memory(max(gets, default=0), self._library)
 
     def _nbytes(self, woven: Sequence[Woven], chunk: Chunk) -> int:
         """Return the bytes that boxes have in a chunk."""
@@ -279,8 +283,9 @@ class _Regrouping:
         at = displacements(got).tolist()
         for sender, move in incoming:
             want = self._wants[move.ordinal]
-            n = math.prod(move.count) * want.array.itemsize
-            part = received[at[sender] : at[sender] + n].view(want.array.dtype)
+            n = math.prod(move.count) * want.held.dtype.itemsize
+            part = received[at[sender] : at[sender] + n].view(want.held.dtype)
             at[sender] += n
             where = slices(move.start, move.count, move.origin)
-            want.array[where] = part.reshape(move.count)
+            want.held.fill_box(where, part.reshape(move.count))
+        fence(self._library)()

@@ -40,7 +40,7 @@ def read_shared(
     source : Source
         The file, as each rank has it open.
     wants : sequence of Want
-        Whole contiguous arrays, the same on every rank.
+        Whole contiguous arrays of the host, the same on every rank.
     verify : bool
         Whether to check the CRC-32C of every block, on every rank.
 
@@ -50,7 +50,7 @@ def read_shared(
         On every rank, if bytes are missing or altered, or cannot be read.
     """
     ordered = sorted(
-        (want for want in wants if want.array.size),
+        (want for want in wants if want.held.nbytes),
         key=lambda want: want.stored.extent.offset,
     )
     window = on_all_ranks(
@@ -75,7 +75,7 @@ def read_shared(
     def check() -> None:
         with naming_file(source.name):
             for want in ordered:
-                check_blocks(want.stored, want.array.reshape(-1).view(np.uint8).data)
+                check_blocks(want.stored, _bytes_of(want).data)
 
     # First who could not read: what came instead is altered for all.
     together(comm, "read", move)
@@ -125,7 +125,11 @@ def _copy(ordered: Sequence[Want], first: int, data: Any) -> None:
         if extent.offset >= stop:
             return
         begin, end = max(first, extent.offset), min(stop, extent.stop)
-        flat = want.array.reshape(-1).view(np.uint8)
+        flat = _bytes_of(want)
         flat[begin - extent.offset : end - extent.offset] = data[
             begin - first : end - first
         ]
+
+
+def _bytes_of(want: Want) -> Any:
+    return want.held.source.reshape(-1).view(np.uint8)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import held_array
+from mpisave.arrays import HeldArray, held_array
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from mpisave.devices import DeviceLibrary
+
     # Returns the array of a box: stored, start, shape.
     Make: TypeAlias = Callable[[Stored, Point, Point], npt.NDArray[Any]]
 
@@ -35,14 +37,43 @@ class Want:
 
     stored: Stored
     start: Point
-    array: npt.NDArray[Any]  # of the box's shape, and the array's dtype
+    held: HeldArray  # of the box's shape, and the array's dtype
 
 
 def is_whole(want: Want) -> bool:
     """Return whether an array is wanted whole, where its bytes fit as they are."""
-    array = want.array
-    nbytes = want.stored.extent.nbytes
-    return array.flags.c_contiguous and 0 < array.nbytes == nbytes
+    held = want.held
+    return held.is_contiguous and 0 < held.nbytes == want.stored.extent.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where new arrays are made: on the host, or on a device."""
+
+    library: DeviceLibrary | None = None
+    device: Any = None  # its number, or an array that lies there; None: the current one
+
+    def empty(self, stored: Stored, shape: Point) -> HeldArray:
+        """Return a new array of the dtype of what is stored.
+
+        Raises
+        ------
+        StateDictError
+            If the device knows no such dtype.
+        """
+        if self.library is None:
+            return HeldArray(np.empty(shape, stored.dtype), stored.dtype, shape)
+        try:
+            array = self.library.empty(shape, stored.dtype, self.device)
+        except TypeError as exc:
+            raise StateDictError(
+                f"{show_key(stored.key)} is of dtype {_full(stored.dtype)}, which the "
+                f"device does not know ({exc}): load it to the host, device='cpu'"
+            ) from exc
+        return HeldArray(array, stored.dtype, shape, self.library)
+
+
+HOST = Place()
 
 
 class _Wants:
@@ -54,17 +85,23 @@ class _Wants:
         What is to be read.
     """
 
-    def __init__(self, make: Make | None) -> None:
+    def __init__(self, make: Make | None, place: Place | None) -> None:
         self.wants: list[Want] = []
         self._make = make
+        self._place = place
 
-    def fresh(self, stored: Stored, start: Point, shape: Point) -> Any:
-        """Return an array for a box: one to be read, or one that is there already."""
+    def fresh(
+        self, stored: Stored, start: Point, shape: Point, place: Place = HOST
+    ) -> Any:
+        """Return an array for a box: one to be read, or one that is there already.
+
+        Where the caller wants it, else in `place`.
+        """
         if self._make is not None:
             return self._make(stored, start, shape)
-        array = np.empty(shape, stored.dtype)
-        self.wants.append(Want(stored, start, array))
-        return array
+        held = (self._place or place).empty(stored, shape)
+        self.wants.append(Want(stored, start, held))
+        return held.source
 
     def subtree(self, nodes: Iterable[Node], depth: int = 0) -> Any:
         """Return the state of nodes, without the first parts of their keys."""
@@ -90,12 +127,18 @@ class All(_Wants):
         Which of the values of a `PerRank` this rank takes; None: a dict of all.
     make : callable or None
         Returns arrays that need not be read.
+    place : Place or None
+        Where arrays are made; None: on the host.
     """
 
     def __init__(
-        self, nodes: Sequence[Node], rank: int | None, make: Make | None
+        self,
+        nodes: Sequence[Node],
+        rank: int | None,
+        make: Make | None,
+        place: Place | None = None,
     ) -> None:
-        super().__init__(make)
+        super().__init__(make, place)
         self.wanted = {node.key for node in nodes}
         self.missing: list[Key] = []
         if rank is None:
@@ -144,6 +187,8 @@ class Match(_Wants):
         Returns arrays that need not be read.
     in_place : bool
         Whether arrays are read into those of `like`.
+    place : Place or None
+        Where new arrays are made; None: where those of `like` are.
     is_part : bool
         Whether `nodes` are only a part of the file: what of `like` is not among them
         stays as it is.
@@ -170,8 +215,9 @@ class Match(_Wants):
         *,
         in_place: bool,
         is_part: bool,
+        place: Place | None = None,
     ) -> None:
-        super().__init__(make)
+        super().__init__(make, place)
         self._nodes = nodes
         self._in_place = in_place
         self._is_part = is_part
@@ -241,7 +287,7 @@ class Match(_Wants):
         if shards is not None:
             read = [self._shard(node.key, shard, stored) for shard in shards]
             return Shards(*read) if isinstance(node.value, Shards) else read[0]
-        held = _shape_and_dtype(node)
+        held = _held(node)
         if held is None:
             if found.kind != "leaf" or isinstance(stored, Stored):
                 raise StateDictError(
@@ -251,10 +297,10 @@ class Match(_Wants):
             if isinstance(stored, Opaque):
                 refuse_opaque(node.key, stored)
             return stored
-        return self._array(node.key, node.value, held, (0,) * len(held[0]), stored)
+        return self._array(node.key, node.value, held, (0,) * len(held.shape), stored)
 
     def _shard(self, key: Key, shard: Shard, stored: Any) -> Shard:
-        held = _shape_and_dtype(Node(key, "leaf", shard.array))
+        held = _held(Node(key, "leaf", shard.array))
         if held is None:
             raise StateDictError(f"{show_key(key)} is a shard of no array in like")
         if isinstance(stored, Stored) and stored.shape != shard.global_shape:
@@ -262,7 +308,7 @@ class Match(_Wants):
                 f"{show_key(key)} has the global shape {shard.global_shape} in like, "
                 f"and {_show_stored(stored)} is in the file"
             )
-        shape, start = held[0], shard.start
+        shape, start = held.shape, shard.start
         if not lies_within(shard.global_shape, start, shape):
             raise StateDictError(
                 f"{show_key(key)}: a box of shape {shape} that starts at {start} does "
@@ -275,13 +321,13 @@ class Match(_Wants):
         self,
         key: Key,
         value: Any,
-        held: tuple[Point, np.dtype[Any]],
+        held: HeldArray,
         start: Point,
         stored: Any,
         *,
         shard: Shard | None = None,
     ) -> Any:
-        shape, dtype = held
+        shape, dtype = held.shape, held.dtype
         if not isinstance(stored, Stored):
             raise StateDictError(
                 f"{show_key(key)} is an array in like, and "
@@ -294,35 +340,28 @@ class Match(_Wants):
                 f"does not convert: give what is in the file, and convert that."
             )
         if not self._in_place:
-            return self.fresh(stored, start, shape)
-        self.wants.append(Want(stored, start, _writable(key, value)))
+            return self.fresh(stored, start, shape, Place(held.library, held.source))
+        if not _is_writable(value, held):
+            raise StateDictError(
+                f"{show_key(key)} cannot be filled in place: the array is read-only"
+            )
+        self.wants.append(Want(stored, start, held))
         return value
 
 
-def _shape_and_dtype(node: Node) -> tuple[Point, np.dtype[Any]] | None:
-    """Return shape and dtype of an array, or None for a small object."""
+def _held(node: Node) -> HeldArray | None:
+    """Return an array of `like`, or None for a small object."""
     try:
-        array = held_array(node.value)
+        return held_array(node.value)
     except Exception as exc:  # of any library whose arrays these are
         raise StateDictError(f"{show_key(node.key)}: {exc}") from exc
-    if array is None:
-        return None
-    if array.library is not None:
-        raise StateDictError(
-            f"{show_key(node.key)} is on a device: load into arrays of the host, and "
-            f"copy these"
-        )
-    return array.shape, array.dtype
 
 
-def _writable(key: Key, value: Any) -> npt.NDArray[Any]:
-    held = held_array(value)
-    array: npt.NDArray[Any] | None = None if held is None else held.source
-    if array is None or not array.flags.writeable:
-        raise StateDictError(
-            f"{show_key(key)} cannot be filled in place: the array is read-only"
-        )
-    return array
+def _is_writable(value: Any, held: HeldArray) -> bool:
+    if held.library is not None:
+        return held.library.is_writable(value)
+    writeable: bool = held.source.flags.writeable
+    return writeable
 
 
 def _at(state: Any, key: Key) -> Any:

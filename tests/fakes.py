@@ -80,6 +80,7 @@ class FakeDeviceLibrary:
         self.settled += 1
 
     def empty(self, shape, dtype, device):
+        assert dtype.isnative
         return FakeAdopted(np.full(shape, 0, dtype))
 
     def pinned(self, nbytes):

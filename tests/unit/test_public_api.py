@@ -124,6 +124,7 @@ def test_arguments_of_load_are_frozen():
         ("like", None),
         ("into", "new"),
         ("keys", None),
+        ("device", None),
         ("mmap", False),
         ("missing", "error"),
         ("unexpected", "error"),

@@ -190,7 +190,7 @@ class TestMatch:
             (("x",), (0, 0)),
             (("y", 0), ()),
         ]
-        assert found.wants[0].array is state["x"] is not like["x"]
+        assert found.wants[0].held.source is state["x"] is not like["x"]
         assert (state["x"].shape, state["x"].dtype.str) == ((2, 3), ">i4")
         assert found.wanted == {(), ("x",), ("y",), ("y", 0)}
         assert found.missing == []
@@ -202,9 +202,9 @@ class TestMatch:
 
         state = found.state()
         assert state["x"] is like["x"]
-        assert np.shares_memory(found.wants[0].array, like["x"])
+        assert np.shares_memory(found.wants[0].held.source, like["x"])
         assert state["part"].array is like["part"].array
-        assert np.shares_memory(found.wants[1].array, like["part"].array)
+        assert np.shares_memory(found.wants[1].held.source, like["part"].array)
 
     def test_box_of_an_array_is_wanted_alone(self):
         like = {"x": Shard(np.zeros((2, 1)), (4, 3), (1, 2))}
@@ -212,9 +212,9 @@ class TestMatch:
         found = match(like, {"x": np.zeros((4, 3))})
 
         state = found.state()
-        assert [(w.start, w.array.shape) for w in found.wants] == [((1, 2), (2, 1))]
+        assert [(w.start, w.held.shape) for w in found.wants] == [((1, 2), (2, 1))]
         assert (state["x"].global_shape, state["x"].start) == ((4, 3), (1, 2))
-        assert state["x"].array is found.wants[0].array
+        assert state["x"].array is found.wants[0].held.source
 
     def test_several_boxes_stay_several(self):
         boxes = [Shard(np.zeros(2), (6,), (n,)) for n in (4, 0)]
@@ -334,12 +334,22 @@ class TestMatch:
                 {"x": np.zeros(1)}, opaque("x"), 0, None, in_place=False, is_part=False
             )
 
-    def test_device_array_is_refused_with_advice(self, monkeypatch):
-        put_in_place(monkeypatch)
-        like = {"x": FakeDeviceArray(np.zeros(2))}
+    def test_new_array_is_made_on_the_device_of_the_one_in_like(self, monkeypatch):
+        library = put_in_place(monkeypatch)
+        like = {"x": FakeDeviceArray(np.zeros(2)), "y": np.zeros(2)}
 
-        with pytest.raises(StateDictError, match="'x' is on a device: load into"):
-            match(like, {"x": np.zeros(2)})
+        found = match(like, {"x": np.zeros(2), "y": np.zeros(2)})
+
+        held = [want.held for want in found.wants]
+        assert [array.library for array in held] == [library, None]
+        assert found.state()["x"] is held[0].source
+
+    def test_read_only_device_array_cannot_be_filled_in_place(self, monkeypatch):
+        put_in_place(monkeypatch)
+        like = {"x": FakeDeviceArray(np.zeros(2), read_only=True)}
+
+        with pytest.raises(StateDictError, match="'x' cannot be filled in place"):
+            match(like, {"x": np.zeros(2)}, in_place=True)
 
     def test_dtype_that_no_file_holds_is_refused_by_key(self):
         with pytest.raises(StateDictError, match="'x': arrays of dtype object"):
@@ -357,7 +367,7 @@ class TestMatch:
         like = {"x": KnownByDLPack(np.zeros(2))}
 
         found = match(like, {"x": np.zeros(2)}, in_place=True)
-        found.wants[0].array[...] = 5
+        found.wants[0].held.source[...] = 5
 
         assert found.state()["x"] is like["x"]
         assert like["x"].array.tolist() == [5, 5]
@@ -366,7 +376,7 @@ class TestMatch:
         like = {"x": array.array("d", [0, 0])}
 
         found = match(like, {"x": np.zeros(2)}, in_place=True)
-        found.wants[0].array[...] = 5
+        found.wants[0].held.source[...] = 5
 
         assert found.state()["x"] is like["x"]
         assert like["x"].tolist() == [5, 5]
