@@ -101,7 +101,9 @@ class _Copies:
         copies = self._mine.copies
         copies.append((buffer, library.fence()))
         if len(copies) > 1:
-            copies.pop(0)[1]()
+            _, wait = copies[0]
+            wait()
+            del copies[0]  # and not before: a buffer that is let go is used again
 
     def finish(self) -> None:
         """Wait for those of all threads."""

@@ -1,7 +1,9 @@
 """A device without a device: arrays that the host cannot touch but by the border."""
 
 import collections
+import ctypes
 import threading
+import weakref
 
 import numpy as np
 
@@ -57,6 +59,8 @@ class FakeDeviceLibrary:
 
     A copy is done when what `fence` returned is called, and not before: until then its
     target holds other bytes. Each thread has a queue of its own, as it has a stream.
+    Copies from and to pinned memory do not keep it alive, and it holds other bytes once
+    it was let go: the pool gives it away. Other host memory is read at once.
     """
 
     def __init__(self):
@@ -64,6 +68,7 @@ class FakeDeviceLibrary:
         self.settled = 0
         self.pinned_nbytes = []
         self.buffer_nbytes = []
+        self._pinned = {}  # by address
         self._queues = collections.defaultdict(collections.deque)
         self._lock = threading.RLock()
 
@@ -85,7 +90,11 @@ class FakeDeviceLibrary:
 
     def pinned(self, nbytes):
         self.pinned_nbytes.append(nbytes)
-        return np.full(nbytes, 0xA5, np.uint8)
+        store = np.full(max(1, nbytes), 0xA5, np.uint8)
+        self._pinned[store.ctypes.data] = store
+        memory = (ctypes.c_char * store.size).from_buffer(store)
+        weakref.finalize(memory, store.fill, 0xDD)
+        return np.frombuffer(memory, np.uint8)[:nbytes]
 
     def buffer(self, nbytes, like):
         assert isinstance(like, FakeAdopted)
@@ -96,7 +105,8 @@ class FakeDeviceLibrary:
         return FakeAdopted(array._host.reshape(-1).view(np.uint8)[start:stop])
 
     def copy(self, source, target):
-        self._queue("copy", _memory(source), _memory(target))
+        name = "write" if isinstance(source, np.ndarray) else "read"
+        self._queue(f"{name} buffer", _memory(source), _memory(target))
 
     def read(self, array, start, target):
         assert array.flags.c_contiguous
@@ -135,7 +145,19 @@ class FakeDeviceLibrary:
             self.calls.append((name, target.nbytes))
             if target.dtype == np.uint8:
                 target[...] = 0x5A
-            self._queues[threading.get_ident()].append((source, target))
+            copy = self._without_owner(source), self._without_owner(target)
+            if name.startswith("write") and copy[0] is source:  # of the host
+                copy = source.copy(), copy[1]
+            self._queues[threading.get_ident()].append(copy)
+
+    def _without_owner(self, memory):
+        """Return pinned memory as an address, which keeps nothing alive."""
+        address = memory.ctypes.data
+        for start, store in self._pinned.items():
+            if start <= address < start + store.size:
+                found = store[address - start :][: memory.nbytes]
+                return found.view(memory.dtype).reshape(memory.shape)
+        return memory
 
 
 def _memory(buffer):
