@@ -1,0 +1,72 @@
+"""What mpisave.cuda_trial asks of CuPy, in host memory, for a process with no device.
+
+FAKE_CUPY says what befalls it: "fault" once MPI has had memory, "wrong" bytes, "hang",
+"no device".
+"""
+
+import os
+import signal
+import time
+
+import numpy as np
+
+BEFALLS = os.environ.get("FAKE_CUPY", "")
+
+
+class ndarray:  # noqa: N801 - as CuPy has it
+    def __init__(self, host):
+        self._host = host
+        self.size = host.size
+
+    @property
+    def __cuda_array_interface__(self):
+        return {
+            "version": 3,
+            "typestr": self._host.dtype.str,
+            "shape": self._host.shape,
+            "strides": None,
+            "data": (self._host.ctypes.data, False),
+        }
+
+    def __getitem__(self, where):
+        return type(self)(self._host[where])
+
+    def set(self, data):
+        self._host[...] = data
+
+    def get(self):
+        found = self._host.copy()
+        if BEFALLS == "wrong" and self.size > 64:
+            found[-3:] ^= 1
+        return found
+
+
+def empty(size, dtype):
+    return ndarray(np.full(size, 0xA5, dtype))
+
+
+class runtime:  # noqa: N801
+    @staticmethod
+    def deviceSynchronize():
+        if BEFALLS == "no device":
+            raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        if "mpi4py.MPI" in __import__("sys").modules and cuda.ready:
+            if BEFALLS == "fault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if BEFALLS == "hang":
+                time.sleep(600)
+        cuda.ready = True
+
+
+class cuda:  # noqa: N801
+    ready = False
+    runtime = runtime
+
+    class Device:
+        current = 0
+
+        def __init__(self, number=None):
+            self.id = cuda.Device.current if number is None else number
+
+        def use(self):
+            cuda.Device.current = self.id
