@@ -208,8 +208,9 @@ def _command(ordinal: int | None) -> list[str]:
     cupy_first = "cupy" in loaded and (
         "mpi4py.MPI" not in loaded or loaded.index("cupy") < loaded.index("mpi4py.MPI")
     )
-    given = {"path": sys.path, "ordinal": ordinal, "cupy_first": cupy_first}
-    return [sys.executable, "-c", _CHILD, json.dumps(given)]
+    path = [str(entry) for entry in sys.path]  # wherever this process finds them
+    given = {"path": path, "ordinal": ordinal, "cupy_first": cupy_first}
+    return [sys.executable or "python3", "-c", _CHILD, json.dumps(given)]
 
 
 def run_alone(command: Sequence[str], timeout_s: float) -> tuple[int | None, str, str]:
