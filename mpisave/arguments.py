@@ -53,6 +53,7 @@ class Arguments:
     transport: str
     durable: bool
     overwrite: bool
+    timeout_s: float | None
     path: str | None  # as given, {rank} not filled in; None for a file object
     has_file: bool  # the path is a file object
 
@@ -120,7 +121,7 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     overwrite = given["overwrite"]
     if not isinstance(overwrite, bool):
         raise ArgumentError(f"overwrite is {overwrite!r}: it is True or False")
-    parse_timeout(given["timeout"])
+    timeout_s = parse_timeout(given["timeout"])
     has_file = all(hasattr(path, n) for n in ("write", "seek", "tell", "truncate"))
     if has_file and isinstance(path, io.TextIOBase):
         raise ArgumentError(f"path is a {type(path).__name__}: open it in binary mode")
@@ -147,6 +148,7 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
         str.__str__(transport),
         durable,
         overwrite,
+        timeout_s,
         text,
         has_file,
     )

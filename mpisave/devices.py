@@ -36,6 +36,10 @@ class DeviceLibrary(Protocol):
         """Return whether `obj` says that it may be written to."""
         ...
 
+    def ordinal(self, array: Any) -> int:
+        """Return the number of the device of an array, as CUDA counts."""
+        ...
+
     def settle(self, arrays: Iterable[Any]) -> None:
         """Wait for all work on the devices of `arrays`, whoever has queued it."""
         ...
@@ -129,6 +133,10 @@ class _CuPy:
         # DLPack alone may be all that arrays have which nobody may change.
         interface = getattr(obj, "__cuda_array_interface__", None)
         return interface is not None and not interface["data"][1]
+
+    def ordinal(self, array: Any) -> int:
+        number: int = array.device.id
+        return number
 
     def settle(self, arrays: Iterable[Any]) -> None:
         for number in {array.device.id for array in arrays}:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpisave.arguments import Arguments, check_alike, deadline, parse
 from mpisave.arrays import library_of, settle
+from mpisave.choosing import choose
 from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
 from mpisave.comms import private_comm
 from mpisave.election import create_for_all, create_for_roots
@@ -27,6 +28,7 @@ from mpisave.replicas import digests_of
 from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
 from mpisave.transport.base import Moved
+from mpisave.transport.memory import memory_of
 from mpisave.tree import flatten
 from mpisave.weave import budget
 
@@ -147,8 +149,10 @@ def save(
         call = _Call(own, path, given, clock)
         with clock.step("describe"):
             call.describe(state_dict)
+        if call.gathers_from_devices:
+            with clock.step("choose"):
+                call.choose()
         with clock.step("plan"):
-            call.choose()
             call.plan()
         try:
             with clock.step("stage"):
@@ -204,6 +208,7 @@ class _Call:
         self.writers: tuple[int, ...] = (0,)  # ranks of `comm` that seal a file
         self.mover: Mover | None = None
         self.moved = Moved()
+        self.by_device = False
 
     def _parse(self, given: dict[str, Any]) -> tuple[Arguments, str | None, Any]:
         arguments = parse(self.path, self.own.size, given)
@@ -246,9 +251,20 @@ class _Call:
         digests = description.structure, description.digest
         return digests, library_of(held) is not None
 
+    @property
+    def gathers_from_devices(self) -> bool:
+        """Whether arrays on devices travel to the ranks that write."""
+        return self.roots is not None and self.has_device
+
     def choose(self) -> None:
-        """Find out whether MPI is given memory of devices."""
-        self.by_device = False
+        """Find out whether MPI is given memory of the devices."""
+        choice = choose(
+            self.own,
+            self.args.transport,
+            memory_of(self.held),
+            timeout_s=self.args.timeout_s,
+        )
+        self.by_device = choice.transport == "device"
 
     def plan(self) -> None:
         """Get this rank's part of what all ranks hold together."""

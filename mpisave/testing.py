@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STEPS_OF_SAVE = (
     "check arguments",
     "describe the state dict",
+    "choose the transport",
     "plan",
     "create the staging file",
     "look for the staging file",

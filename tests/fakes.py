@@ -80,6 +80,9 @@ class FakeDeviceLibrary:
     def is_writable(self, obj):
         return not obj.__cuda_array_interface__["data"][1]
 
+    def ordinal(self, array):
+        return 0
+
     def settle(self, arrays):
         assert all(isinstance(array, FakeAdopted) for array in arrays)
         self.settled += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpisave.bench.checksums import bench_checksums
+from mpisave.bench.env import bench_env
 from mpisave.bench.gather import bench_gather
 from mpisave.bench.load import bench_load, write
 from mpisave.bench.output import plot, table
@@ -37,7 +38,7 @@ _JOBS = {
     "memory": bench_memory,
     "traffic": bench_traffic,
 }
-_ALONE = {"layout": bench_layout, "plan": bench_plan}
+_ALONE = {"layout": bench_layout, "plan": bench_plan, "env": bench_env}
 _RANKS = {"memory": [4], "traffic": [4], "plan": [256, 1024, 4096]}
 _NOTES = {
     "save": "of_bound: the time of 'bound: pwrite' by that of the side, same fsync. "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arrays import library_of
+from mpisave.choosing import DeviceMemory
 from mpisave.devices import host_memory
 
 if TYPE_CHECKING:
@@ -46,3 +47,19 @@ class Memory:
         if self._packed.size < nbytes:
             self._packed = self.host(nbytes)
         return [self._packed]  # for one root after the other
+
+
+def memory_of(held: Sequence[HeldArray]) -> DeviceMemory | None:
+    """Return memory of the device on which arrays lie, to try what MPI does with it."""
+    found = next(((a.source, a.library) for a in held if a.library is not None), None)
+    if found is None:
+        return None
+    like, library = found
+
+    def copy(source: Any, target: Any) -> None:
+        library.copy(source, target)
+        library.fence()()
+
+    return DeviceMemory(
+        lambda nbytes: library.buffer(nbytes, like), copy, library.ordinal(like)
+    )

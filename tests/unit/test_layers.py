@@ -10,12 +10,12 @@ import mpisave
 PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
-    ("errors",),
+    ("errors", "cuda_trial"),
     ("devices",),
-    ("arrays", "checksum", "deadlines", "fileobject", "room", "staging"),
+    ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
     ("comms", "storage"),
     ("collective", "placement"),
-    ("shards", "tree"),
+    ("shards", "tree", "choosing"),
     ("metadata", "state_types"),
     ("merging",),
     # `arguments` asks `state_types` which names there are.
@@ -39,11 +39,12 @@ MAY_IMPORT_MPISAVE = {"saving": "in a function", "bench": "anywhere"}
 # At run time, a folder with all that is in it. bench measures the same work done with
 # these libraries.
 MAY_IMPORT = {
-    "cupy": {"devices"},
+    # cuda_trial is a program: a process of its own.
+    "cupy": {"devices", "cuda_trial", "bench"},
     "h5py": {"formats.hdf5", "formats.hdf5_inspection", "bench"},
     "mpi4py": {
         *("deadlines", "comms", "placement", "transport"),
-        *("sharing", "regrouping", "bench"),
+        *("sharing", "regrouping", "bench", "choosing", "cuda_trial"),
     },
     "ml_dtypes": {"arrays"},
     "crc32c": {"checksum"},
