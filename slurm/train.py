@@ -149,10 +149,9 @@ class ShardedAdam:
         return {**self.moments, "LR_Scheduler": {"step": self.step_count}}
 
     def set_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what this rank owns from the whole state of any number of ranks."""
+        """Take what `state_dict` returned."""
         self.step_count = state["LR_Scheduler"]["step"]
-        for name in self.moments:
-            self.moments[name] = self.xp.asarray(state[name])
+        self.moments = {name: state[name] for name in self.moments}
 
 
 def save(out: Path, epoch: int, params: Arrays, adam: ShardedAdam) -> None:
@@ -173,7 +172,7 @@ def save(out: Path, epoch: int, params: Arrays, adam: ShardedAdam) -> None:
 def _short(report: mpisave.SaveReport) -> str:
     return (
         f"{Path(report.path).name}: {report.nbytes} bytes, {report.rounds} round(s), "
-        f"{1e3 * report.seconds['total']:.1f} ms"
+        f"{report.transport}, {1e3 * report.seconds['total']:.1f} ms"
     )
 
 
@@ -188,12 +187,18 @@ def newest_epoch(out: Path) -> int:
     return int(COMM.bcast(epoch))
 
 
-def resume(xp: ModuleType, out: Path, epoch: int, adam: ShardedAdam) -> Arrays:
-    """Return the parameters of an epoch, and give the optimizer its state."""
+def resume(out: Path, epoch: int, params: Arrays, adam: ShardedAdam) -> Arrays:
+    """Return the parameters of an epoch, and give the optimizer its state.
+
+    Each rank reads what it holds, whatever the number of ranks that saved, to where its
+    arrays are: host or device.
+    """
     stem = str(out / f"epoch-{epoch:03d}")
-    params = mpisave.load(f"{stem}.pdparams")
-    adam.set_state_dict(mpisave.load(f"{stem}.pdopt"))
-    return {name: xp.asarray(array) for name, array in params.items()}
+    adam.set_state_dict(
+        mpisave.load(f"{stem}.pdopt", comm=COMM, like=adam.state_dict())
+    )
+    loaded: Arrays = mpisave.load(f"{stem}.pdparams", comm=COMM, like=params)
+    return loaded
 
 
 def train_epoch(
@@ -260,7 +265,7 @@ def main() -> int:
     adam = ShardedAdam(xp, params)
     done = newest_epoch(args.out) if args.resume else 0
     if done:
-        params = resume(xp, args.out, done, adam)
+        params = resume(args.out, done, params, adam)
         say(f"resumed from epoch {done} on {COMM.size} rank(s)")
     for epoch in range(done + 1, args.epochs + 1):
         train_epoch(xp, epoch, params, adam, data)
