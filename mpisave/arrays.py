@@ -239,6 +239,14 @@ def library_of(held: Iterable[HeldArray]) -> DeviceLibrary | None:
     return next((array.library for array in held if array.library is not None), None)
 
 
+def in_new_thread(held: Iterable[HeldArray]) -> Callable[[], None]:
+    """Return what a thread calls first that is to work on arrays."""
+    for array in held:
+        if array.library is not None:
+            return functools.partial(array.library.use, array.source)
+    return lambda: None
+
+
 def settle(held: Iterable[HeldArray]) -> None:
     """Wait for all work on the devices of arrays, whichever stream it is on.
 

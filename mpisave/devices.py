@@ -40,6 +40,13 @@ class DeviceLibrary(Protocol):
         """Return the number of the device of an array, as CUDA counts."""
         ...
 
+    def use(self, array: Any) -> None:
+        """Make the device of `array` the current one of this thread, which is new.
+
+        A thread begins on device 0, and would take memory there for nothing.
+        """
+        ...
+
     def settle(self, arrays: Iterable[Any]) -> None:
         """Wait for all work on the devices of `arrays`, whoever has queued it."""
         ...
@@ -138,25 +145,28 @@ class _CuPy:
         number: int = array.device.id
         return number
 
+    def use(self, array: Any) -> None:
+        self._runtime.setDevice(array.device.id)
+
     def settle(self, arrays: Iterable[Any]) -> None:
         for number in {array.device.id for array in arrays}:
-            with self._cupy.cuda.Device(number):
+            with self._device(number):
                 self._runtime.deviceSynchronize()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Any) -> Any:
         if not dtype.isnative:
             raise TypeError("devices have no swapped byte order")
         number = device.device.id if hasattr(device, "device") else device
-        with self._cupy.cuda.Device(number):
+        with self._device(number):
             return self._cupy.empty(shape, dtype)
 
     def pinned(self, nbytes: int) -> Bytes:
-        # Of CuPy's pool: what is freed is used again, since pinning is slow.
+        # For all devices. Of CuPy's pool: it is used again, since pinning is slow.
         memory = self._cupy.cuda.alloc_pinned_memory(max(1, nbytes))
         return np.frombuffer(memory, np.uint8, max(1, nbytes))[:nbytes]
 
     def buffer(self, nbytes: int, like: Any) -> Any:
-        with like.device:
+        with self._device(like.device.id):
             made = self._cupy.empty(nbytes, np.uint8)
             # The pool may give memory that work of other streams is not done with.
             self._runtime.deviceSynchronize()
@@ -196,7 +206,7 @@ class _CuPy:
             return _nothing
         events = []
         for number in queues.dirty:
-            with self._cupy.cuda.Device(number):
+            with self._device(number):
                 event = self._cupy.cuda.Event(disable_timing=True)
                 event.record(queues.streams[number])
             events.append(event)
@@ -215,11 +225,18 @@ class _CuPy:
                     target, source, nbytes, self._runtime.memcpyDefault, stream.ptr
                 )
 
+    def _device(self, number: int | None) -> contextlib.AbstractContextManager[Any]:
+        """Make a device the current one, if it is not: leaving sets the one before."""
+        if number is None or self._runtime.getDevice() == number:
+            return contextlib.nullcontext()
+        device: contextlib.AbstractContextManager[Any] = self._cupy.cuda.Device(number)
+        return device
+
     @contextlib.contextmanager
     def _stream(self, array: Any) -> Iterator[Any]:
         """Make the device of an array, and this thread's stream there, the current."""
         number, queues = array.device.id, self._queues
-        with self._cupy.cuda.Device(number):
+        with self._device(number):
             if number not in queues.streams:
                 queues.streams[number] = self._cupy.cuda.Stream(non_blocking=True)
             queues.dirty.add(number)

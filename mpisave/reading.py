@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import library_of
+from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, crc32c
 from mpisave.devices import host_memory
 from mpisave.errors import ArgumentError, FileFormatError, show_key
@@ -78,7 +78,8 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
         for job in jobs:
             job()
     else:
-        with ThreadPoolExecutor(threads, "mpisave reader") as pool:
+        begin = in_new_thread(want.held for want in wants)
+        with ThreadPoolExecutor(threads, "mpisave reader", begin) as pool:
             while batch := list(itertools.islice(jobs, 64 * threads)):
                 list(pool.map(lambda job: job(), batch))
     copies.finish()

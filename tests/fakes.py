@@ -69,6 +69,8 @@ class FakeDeviceLibrary:
         self.pinned_nbytes = []
         self.buffer_nbytes = []
         self._pinned = {}  # by address
+        # Those that know the device; others would take memory on the first one.
+        self._threads = {threading.main_thread().ident}
         self._queues = collections.defaultdict(collections.deque)
         self._lock = threading.RLock()
 
@@ -83,6 +85,10 @@ class FakeDeviceLibrary:
     def ordinal(self, array):
         return 0
 
+    def use(self, array):
+        assert isinstance(array, FakeAdopted)
+        self._threads.add(threading.get_ident())
+
     def settle(self, arrays):
         assert all(isinstance(array, FakeAdopted) for array in arrays)
         self.settled += 1
@@ -92,6 +98,7 @@ class FakeDeviceLibrary:
         return FakeAdopted(np.full(shape, 0, dtype))
 
     def pinned(self, nbytes):
+        assert threading.get_ident() in self._threads
         self.pinned_nbytes.append(nbytes)
         store = np.full(max(1, nbytes), 0xA5, np.uint8)
         self._pinned[store.ctypes.data] = store
@@ -144,6 +151,7 @@ class FakeDeviceLibrary:
 
     def _queue(self, name, source, target):
         assert source.shape == target.shape
+        assert threading.get_ident() in self._threads
         with self._lock:
             self.calls.append((name, target.nbytes))
             if target.dtype == np.uint8:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpisave.arrays import library_of
+from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, BlockSums
 from mpisave.devices import fence, host_memory
 from mpisave.errors import naming
@@ -85,7 +85,8 @@ class Direct:
             for job in jobs:
                 sums.values.extend(job())
         else:
-            with ThreadPoolExecutor(self._threads, "mpisave writer") as pool:
+            begin = in_new_thread(self._arrays)
+            with ThreadPoolExecutor(self._threads, "mpisave writer", begin) as pool:
                 # Some at a time: the first failure ends the rest.
                 while batch := list(itertools.islice(jobs, 64 * self._threads)):
                     for values in pool.map(lambda job: job(), batch):

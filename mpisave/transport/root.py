@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisave.arrays import in_new_thread
 from mpisave.checksum import BlockSums
 from mpisave.devices import device_library, fence
 from mpisave.errors import naming
@@ -61,7 +62,8 @@ class Root:
                 (memory.for_mpi(largest), fence(None)) for _ in range(many)
             )
         self._buffers_free = threading.Semaphore(len(self._free))
-        self._writer = _Writer(self._own_blocks())  # last: it has a thread to end
+        begin = in_new_thread(held)
+        self._writer = _Writer(begin, self._own_blocks())  # last: a thread to end
 
     @property
     def error(self) -> BaseException | None:
@@ -208,7 +210,10 @@ class Root:
 class _Writer:
     """A thread that writes rounds as they come, and own arrays in between."""
 
-    def __init__(self, own: Iterator[Callable[[], None]]) -> None:
+    def __init__(
+        self, begin: Callable[[], None], own: Iterator[Callable[[], None]]
+    ) -> None:
+        self._begin = begin
         self._own: Iterator[Callable[[], None]] | None = own
         self._rounds: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._changed = threading.Condition()
@@ -249,6 +254,10 @@ class _Writer:
             return self._rounds.popleft() if self._rounds else (self._write_own, None)
 
     def _run(self) -> None:
+        try:
+            self._begin()
+        except BaseException as exc:  # noqa: BLE001 - told once all have caught up
+            self.error = exc
         while (job := self._next()) is not None:
             write, done = job
             began = time.perf_counter()
