@@ -220,10 +220,22 @@ class _CuPy:
 
     def _queue(self, target: int, source: int, nbytes: int, on_device: Any) -> None:
         if nbytes:
-            with self._stream(on_device) as stream:
-                self._runtime.memcpyAsync(
-                    target, source, nbytes, self._runtime.memcpyDefault, stream.ptr
-                )
+            # A copy goes to a stream of any device, whichever is the current one.
+            stream = self._stream_of(on_device.device.id)
+            self._runtime.memcpyAsync(
+                target, source, nbytes, self._runtime.memcpyDefault, stream.ptr
+            )
+
+    def _stream_of(self, number: int) -> Any:
+        """Return this thread's stream on a device, to which a copy is about to go."""
+        queues = self._queues
+        queues.dirty.add(number)
+        stream = queues.streams.get(number)
+        if stream is None:
+            with self._device(number):
+                stream = self._cupy.cuda.Stream(non_blocking=True)
+            queues.streams[number] = stream
+        return stream
 
     def _device(self, number: int | None) -> contextlib.AbstractContextManager[Any]:
         """Make a device the current one, if it is not: leaving sets the one before."""
@@ -233,15 +245,11 @@ class _CuPy:
         return device
 
     @contextlib.contextmanager
-    def _stream(self, array: Any) -> Iterator[Any]:
+    def _stream(self, array: Any) -> Iterator[None]:
         """Make the device of an array, and this thread's stream there, the current."""
-        number, queues = array.device.id, self._queues
-        with self._device(number):
-            if number not in queues.streams:
-                queues.streams[number] = self._cupy.cuda.Stream(non_blocking=True)
-            queues.dirty.add(number)
-            with queues.streams[number] as stream:
-                yield stream
+        number = array.device.id
+        with self._device(number), self._stream_of(number):
+            yield
 
 
 def _address(memory: Any) -> int:

@@ -26,7 +26,13 @@ from mpisave.errors import (
 from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index, pkl
 from mpisave.formats.unpickle import unpickle
-from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
+from mpisave.placement import (
+    MOST_READERS,
+    communicator,
+    threads_of,
+    warn_caller,
+    where_this_runs,
+)
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
 from mpisave.selection import select
@@ -236,7 +242,7 @@ class _Load(Steps):
                     read_shared(own, source, common, verify=verify)
             if own.size > 1 and like is not None:
                 wants = read_regrouped(own, source, wants, self._arrays, verify=verify)
-            threads = threads_of(where, own.rank)
+            threads = threads_of(where, own.rank, MOST_READERS)
 
             def read_own() -> tuple[int, int]:
                 with naming_file(source.name):

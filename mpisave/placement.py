@@ -43,11 +43,13 @@ def communicator(comm: Any) -> Any:
     return comm
 
 
-# More threads than this in one rank neither wrote nor read faster.
-_MOST_THREADS = 4
+# More threads than this in one rank wrote no faster: one process at a time writes to a
+# file. Reading went on to gain, see docs/performance.md.
+MOST_WRITERS = 4
+MOST_READERS = 8
 
 
-def threads_of(ranks: Sequence[tuple[str, int, int]], rank: int) -> int:
+def threads_of(ranks: Sequence[tuple[str, int, int]], rank: int, most: int) -> int:
     """Return with how many threads a rank works: one for each core that it has alone.
 
     Parameters
@@ -56,9 +58,11 @@ def threads_of(ranks: Sequence[tuple[str, int, int]], rank: int) -> int:
         What `where_this_runs` says on each rank.
     rank : int
         Which one is asked about.
+    most : int
+        As many at most.
     """
     own_cores = ranks[rank][1] // ranks.count(ranks[rank])
-    return min(_MOST_THREADS, max(1, own_cores))
+    return min(most, max(1, own_cores))
 
 
 def where_this_runs() -> tuple[str, int, int]:

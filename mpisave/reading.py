@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import mmap
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from mpisave.checksum import BLOCK_NBYTES, crc32c
 from mpisave.devices import host_memory
 from mpisave.errors import ArgumentError, FileFormatError, show_key
 from mpisave.shards import boxes_of_range, common, run_elements, slices, spans
+from mpisave.threads import in_threads
 from mpisave.wanted import is_whole
 
 if TYPE_CHECKING:
@@ -74,14 +73,7 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     """
     copies = _Copies()
     jobs = _jobs(source, wants, copies, verify=verify)
-    if threads == 1:
-        for job in jobs:
-            job()
-    else:
-        begin = in_new_thread(want.held for want in wants)
-        with ThreadPoolExecutor(threads, "mpisave reader", begin) as pool:
-            while batch := list(itertools.islice(jobs, 64 * threads)):
-                list(pool.map(lambda job: job(), batch))
+    in_threads(jobs, threads, in_new_thread(want.held for want in wants))
     copies.finish()
 
 
@@ -185,6 +177,12 @@ class _Box:
         self.itemsize = want.stored.dtype.itemsize
         self.count = want.held.shape
         shape = want.stored.shape
+        if self.count == shape:
+            self.unit = BLOCK_NBYTES if verify else 1
+            self.runs: npt.NDArray[np.int64] = np.zeros(1, np.int64)
+            self.run_nbytes = want.stored.extent.nbytes
+            self.is_flat = self.held.is_contiguous
+            return
         counts = np.array([self.count], np.int64).reshape(1, -1)
         run_nbytes = int(run_elements(shape, counts)[0]) * self.itemsize
         # What is read in units: whole blocks, or what lies between short runs as well.
@@ -194,7 +192,7 @@ class _Box:
         # So that no unit lies in a gap.
         most_gap = (self.unit - 1) // self.itemsize
         firsts, length = spans(shape, self.start, self.count, most_gap)
-        self.runs: npt.NDArray[np.int64] = firsts * self.itemsize
+        self.runs = firsts * self.itemsize
         self.run_nbytes = length * self.itemsize
         # Without gaps in them, runs may go where they lie: no copy.
         self.is_flat = self.held.is_contiguous and run_nbytes == self.run_nbytes

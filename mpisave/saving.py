@@ -23,7 +23,13 @@ from mpisave.formats.pkl import PickleFormat, is_only_for_pickle
 from mpisave.metadata import Described, describe
 from mpisave.moving import Mover
 from mpisave.parts import Part, divide
-from mpisave.placement import communicator, threads_of, warn_caller, where_this_runs
+from mpisave.placement import (
+    MOST_WRITERS,
+    communicator,
+    threads_of,
+    warn_caller,
+    where_this_runs,
+)
 from mpisave.replicas import digests_of
 from mpisave.report import Clock, SaveReport
 from mpisave.state_types import handler_of
@@ -186,7 +192,7 @@ class _Call:
         alike(own, "check arguments", lambda: check_alike([a for a, *_ in every]))
         # Where each rank that writes does so, links resolved; None for a file object.
         self.paths = [path for _, path, _ in every]
-        self.threads = threads_of([w for *_, w in every], own.rank)
+        self.threads = threads_of([w for *_, w in every], own.rank, MOST_WRITERS)
         self.roots = self.args.roots
         # Who seals the file of each rank: the lowest that gave the same path.
         firsts: dict[str | None, int] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import queue
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +19,11 @@ from mpisave.errors import FileFormatError, show_key
 from mpisave.finding import find_index
 from mpisave.formats import index
 from mpisave.formats.digest import array_crc32c, state_digest
-from mpisave.placement import communicator, threads_of, where_this_runs
+from mpisave.placement import MOST_READERS, communicator, threads_of, where_this_runs
 from mpisave.reading import naming_file
 from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
+from mpisave.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,7 +128,7 @@ def verify(
         every = call.exchange("check arguments", lambda: _parse(path, timeout))
         call.alike("check arguments", lambda: check_same([given for given, _ in every]))
         (head, *_) = call.exchange("read the index", lambda: _index(own, path))
-        threads = threads_of([where for _, where in every], own.rank)
+        threads = threads_of([where for _, where in every], own.rank, MOST_READERS)
         found = call.exchange("verify", lambda: _check(own, path, head, threads))
         return call.alike("verify", lambda: _report(head, found))
 
@@ -223,13 +224,8 @@ class _Blocks:
                 buffers.put(buffer)
 
         runs = _runs(self._blocks)
-        damages: list[tuple[int, str]] = []
-        if threads == 1:
-            return [*itertools.chain.from_iterable(map(check, runs))]
-        with ThreadPoolExecutor(threads, "mpisave verifier") as pool:
-            while batch := list(itertools.islice(runs, 64 * threads)):
-                damages += itertools.chain.from_iterable(pool.map(check, batch))
-        return damages
+        jobs = (functools.partial(check, run) for run in runs)
+        return [*itertools.chain.from_iterable(in_threads(jobs, threads))]
 
     def _check_run(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, BlockSums
 from mpisave.devices import fence, host_memory
 from mpisave.errors import naming
+from mpisave.threads import in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -79,19 +79,10 @@ class Direct:
     def move(self, moved: Moved, rank: int) -> None:
         """Write all pieces of `rank`, which is this one."""
         began = time.perf_counter()
-        jobs = self._jobs()
-        sums = BlockSums()
-        if self._threads == 1:
-            for job in jobs:
-                sums.values.extend(job())
-        else:
-            begin = in_new_thread(self._arrays)
-            with ThreadPoolExecutor(self._threads, "mpisave writer", begin) as pool:
-                # Some at a time: the first failure ends the rest.
-                while batch := list(itertools.islice(jobs, 64 * self._threads)):
-                    for values in pool.map(lambda job: job(), batch):
-                        sums.values.extend(values)
-        moved.of_streams[rank] = np.array(sums.values, np.uint32)
+        begin = in_new_thread(self._arrays)
+        values = in_threads(self._jobs(), self._threads, begin)
+        sums = list(itertools.chain.from_iterable(values))
+        moved.of_streams[rank] = np.array(sums, np.uint32)
         moved.written_s += time.perf_counter() - began
 
     def _jobs(self) -> Iterator[Callable[[], Sequence[int]]]:

@@ -13,6 +13,7 @@ ROWS = (
     ("errors", "cuda_trial"),
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
+    ("threads",),
     ("comms", "storage"),
     ("collective", "placement"),
     ("shards", "tree", "choosing"),

@@ -217,7 +217,7 @@ class TestBoxes:
             for n, (array, start, count) in enumerate(cases)
         }
         with small_reads(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mpisave.loading.threads_of", lambda where, rank: cores)
+            patch.setattr("mpisave.loading.threads_of", lambda *_: cores)
 
             found = mpisave.load(io.BytesIO(saved(state)), like=like, verify=verify)
 
@@ -544,7 +544,7 @@ class TestDamage:
     def test_what_fails_in_a_thread_is_raised_and_no_thread_is_left(
         self, monkeypatch, cores
     ):
-        monkeypatch.setattr("mpisave.loading.threads_of", lambda where, rank: cores)
+        monkeypatch.setattr("mpisave.loading.threads_of", lambda *_: cores)
         before = threading.active_count()
 
         with small_reads():
