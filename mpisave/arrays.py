@@ -79,14 +79,19 @@ class HeldArray:
         if self.library is not None and self.is_contiguous:
             self.library.read(self.source, start, out)
             return
-        # A small cap cuts through elements.
-        itemsize = self.dtype.itemsize
-        first, stop = start // itemsize, -(-(start + out.size) // itemsize)
-        at = first * itemsize - start
-        for part, n in _runs(self.source, first, stop - first):
-            begin, end = max(0, at), min(out.size, at + n * itemsize)
-            self._stage_part(part, begin - at, out[begin:end])
-            at += n * itemsize
+        # A small cap cuts through elements: these are taken alone, so that no more is
+        # packed on the way than is copied.
+        n, end = self.dtype.itemsize, start + out.size
+        edges = {start, min(-(-start // n) * n, end), max(end // n * n, start), end}
+        at = start
+        for first, stop in itertools.pairwise(sorted(edges)):
+            number = first // n
+            for part, count in _runs(self.source, number, -(-stop // n) - number):
+                skip = at % n
+                nbytes = min(count * n - skip, stop - at)
+                done = at - start
+                self._stage_part(part, skip, out[done : done + nbytes])
+                at += nbytes
 
     def stage_box(self, where: tuple[slice, ...], out: Bytes) -> None:
         """Copy the elements ``[where]``, in C order, to `out`, a host buffer."""
@@ -126,15 +131,17 @@ class HeldArray:
     ) -> Iterator[Bytes]:
         """Yield bytes `start` to `stop`, up to `nbytes` at a time, in host memory.
 
-        What cannot be viewed is copied, through at most `scratch_nbytes`: from a
-        device while the block before it is in use.
+        What cannot be viewed is copied, through at most `scratch_nbytes`, those of the
+        device among them: from a device while the block before it is in use.
         """
         view = self.view(start, stop)
         if view is not None:
             for at in range(0, view.size, nbytes):
                 yield view[at : at + nbytes]
             return
-        length = max(1, min(nbytes, stop - start, scratch_nbytes // 2))
+        # What does not lie together is packed by the device first.
+        copies = 2 if self.library is None or self.is_contiguous else 3
+        length = max(1, min(nbytes, stop - start, scratch_nbytes // copies))
         turns = itertools.cycle([host_memory(length, self.library) for _ in range(2)])
 
         def begin(at: int) -> tuple[Bytes, Callable[[], None]]:
@@ -143,13 +150,17 @@ class HeldArray:
             return out, fence(self.library)
 
         ahead = [begin(start)] if start < stop else []
-        while ahead:
-            out, wait = ahead.pop()
-            wait()
-            start += out.size
-            if start < stop:
-                ahead.append(begin(start))
-            yield out
+        try:
+            while ahead:
+                out, wait = ahead.pop()
+                wait()
+                start += out.size
+                if start < stop:
+                    ahead.append(begin(start))
+                yield out
+        finally:  # where the caller failed
+            for _, wait in ahead:
+                wait()
 
 
 def _put(view: Bytes, out: Any) -> None:

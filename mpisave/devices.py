@@ -25,7 +25,8 @@ class DeviceLibrary(Protocol):
     """What mpisave asks of the library that reads and writes device memory.
 
     An `array` is what `adopt` or `empty` returned; a `buffer` what `buffer` did, or a
-    slice of it. Copies are queued, in the order in which a thread asks for them.
+    slice of it. Copies are queued, in the order in which a thread asks for them. Memory
+    that takes part in one is kept until it was waited for: let each fence be.
     """
 
     def adopt(self, obj: Any) -> Any:
@@ -104,6 +105,9 @@ class _Queues(threading.local):
     def __init__(self) -> None:
         self.streams: dict[int, Any] = {}
         self.dirty: set[int] = set()
+        self.kept: list[
+            Any
+        ] = []  # what the copies behind the last fence are from and to
 
 
 class _CuPy:
@@ -175,6 +179,7 @@ class _CuPy:
     def copy(self, source: Any, target: Any) -> None:
         on_device = source if isinstance(source, self._cupy.ndarray) else target
         self._queue(_address(target), _address(source), target.size, on_device)
+        self._queues.kept += (source, target)
 
     def view(self, array: Any, start: int, stop: int) -> Any | None:
         kind = self._runtime.pointerGetAttributes(array.data.ptr).type
@@ -184,37 +189,43 @@ class _CuPy:
 
     def read(self, array: Any, start: int, target: Any) -> None:
         self._queue(_address(target), array.data.ptr + start, target.size, array)
+        self._queues.kept.append(target)
 
     def write(self, array: Any, start: int, source: Bytes) -> None:
         self._queue(array.data.ptr + start, _address(source), source.size, array)
+        self._queues.kept.append(source)
 
     def read_box(self, array: Any, skip: int, target: Any) -> None:
         with self._stream(array):
             # Of the pool of this stream: it is not given away before the copy is done.
             packed = self._cupy.ascontiguousarray(array)
             self._queue(_address(target), packed.data.ptr + skip, target.size, array)
+        self._queues.kept.append(target)
 
     def write_box(self, array: Any, source: Bytes) -> None:
         with self._stream(array):
             packed = self._cupy.empty(array.shape, array.dtype)
             self._queue(packed.data.ptr, _address(source), source.size, array)
             array[...] = packed
+        self._queues.kept.append(source)
 
     def fence(self) -> Callable[[], None]:
         queues = self._queues
         if not queues.dirty:
             return _nothing
-        events = []
+        events, kept = [], queues.kept
         for number in queues.dirty:
             with self._device(number):
                 event = self._cupy.cuda.Event(disable_timing=True)
                 event.record(queues.streams[number])
             events.append(event)
         queues.dirty.clear()
+        queues.kept = []
 
         def wait() -> None:
             for event in events:
                 event.synchronize()
+            kept.clear()
 
         return wait
 

@@ -76,7 +76,7 @@ class Mover:
         self._writers = writers
         self._threads = threads
         self._has_device, self._by_device = has_device, by_device
-        self._limits = budget(args.max_nbytes)
+        self._limits = budget(args.max_nbytes, has_device=has_device)
         self._gathering: Gather | None = None
         self._is_woven = bool(part.files[0].woven)
         self._moved = moved

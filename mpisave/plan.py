@@ -93,7 +93,7 @@ def buffers(
         How many ranks gather.
     has_device : bool
         Whether arrays lie on devices: a sender then packs a round for each root while
-        the one before it travels.
+        the one before it travels, and what does not lie together on the device, too.
     by_device : bool
         Whether rounds arrive in memory of a device: two more, copied to the host.
     """
@@ -101,7 +101,10 @@ def buffers(
     scratch = min(SCRATCH_NBYTES, cap // 4)
     as_root = 4 if by_device else 2
     as_sender = 2 * (roots - 1) if has_device else min(1, roots - 1)
-    share = max(1, (cap - scratch) // (as_root + as_sender))
+    many = as_root + as_sender
+    if has_device:
+        many = max(many + min(1, roots - 1), 2 * roots + 1)  # that of a sender alone
+    share = max(1, (cap - scratch) // many)
     return Buffers(min(share, ROUND_NBYTES, MAX_COUNT), scratch)
 
 

@@ -73,8 +73,11 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     """
     copies = _Copies()
     jobs = _jobs(source, wants, copies, verify=verify)
-    in_threads(jobs, threads, in_new_thread(want.held for want in wants))
-    copies.finish()
+    begin = in_new_thread(want.held for want in wants)
+    try:
+        in_threads(jobs, threads, begin)
+    finally:
+        copies.finish()
 
 
 class _Copies:
@@ -82,26 +85,24 @@ class _Copies:
 
     def __init__(self) -> None:
         self._mine = threading.local()
-        self._every: list[list[tuple[Any, Callable[[], None]]]] = []
+        self._every: list[list[Callable[[], None]]] = []
 
-    def begun(self, buffer: Any, library: DeviceLibrary | None) -> None:
-        """Keep `buffer` until what this thread has queued from it is done."""
+    def begun(self, library: DeviceLibrary | None) -> None:
+        """Wait for all that this thread has queued but the last."""
         if library is None:
             return
-        if not hasattr(self._mine, "copies"):
-            self._mine.copies = []
-            self._every.append(self._mine.copies)
-        copies = self._mine.copies
-        copies.append((buffer, library.fence()))
-        if len(copies) > 1:
-            _, wait = copies[0]
-            wait()
-            del copies[0]  # and not before: a buffer that is let go is used again
+        if not hasattr(self._mine, "waits"):
+            self._mine.waits = []
+            self._every.append(self._mine.waits)
+        waits = self._mine.waits
+        waits.append(library.fence())
+        if len(waits) > 1:
+            waits.pop(0)()
 
     def finish(self) -> None:
         """Wait for those of all threads."""
-        for copies in self._every:
-            for _, wait in copies:
+        for waits in self._every:
+            for wait in waits:
                 wait()
 
 
@@ -156,16 +157,18 @@ class _Together:
         library = library_of(want.held for want in self._wants)
         data = host_memory(stop - first, library)
         done = self._source.read_into(first, data.data)
-        for want in self._wants:
-            extent = want.stored.extent
-            start = extent.offset - first
-            part = data[start : start + extent.nbytes]
-            if start + extent.nbytes > done:
-                _refuse_torn(want.stored, max(0, done - start))
-            if self._verify:
-                check_blocks(want.stored, part.data)
-            want.held.fill(0, part)
-        self._copies.begun(data, library)
+        try:
+            for want in self._wants:
+                extent = want.stored.extent
+                start = extent.offset - first
+                part = data[start : start + extent.nbytes]
+                if start + extent.nbytes > done:
+                    _refuse_torn(want.stored, max(0, done - start))
+                if self._verify:
+                    check_blocks(want.stored, part.data)
+                want.held.fill(0, part)
+        finally:
+            self._copies.begun(library)
 
 
 class _Box:
@@ -256,7 +259,7 @@ class _Window:
             held.fill(at, data)
         else:
             self._copy(data)
-        self._copies.begun(data, held.library)
+        self._copies.begun(held.library)
 
     def _read(self, at: int, out: npt.NDArray[np.uint8]) -> None:
         read_exactly(self._box.source, self._box.stored, at, out)

@@ -277,7 +277,8 @@ class _Call:
         args = self.args
         what = (args.use_binary_format, args.protocol, args.roots, args.replicas)
         facts = self._facts()
-        key = hashlib.blake2b(repr((what, args.max_nbytes, facts)).encode())
+        limits = (args.max_nbytes, self.has_device)
+        key = hashlib.blake2b(repr((what, limits, facts)).encode())
         for _, digest in self.digests:
             key.update(digest)
         plans: dict[bytes, Part] = self.comm.kept.setdefault("plans", {})
@@ -299,6 +300,7 @@ class _Call:
         structures = [structure for structure, _ in self.digests]
         is_first = structures.index(structures[self.comm.rank]) == self.comm.rank
         mine = self.description
+        limits = budget(self.args.max_nbytes, has_device=self.has_device)
 
         def combine(sent: list[tuple[Any, Any]]) -> list[Part]:
             full = {first.structure: first for first, _ in sent if first is not None}
@@ -312,7 +314,7 @@ class _Call:
                 facts,
                 roots=self.roots,
                 replicas=self.args.replicas,
-                chunk_nbytes=budget(self.args.max_nbytes).chunk_nbytes,
+                chunk_nbytes=limits.chunk_nbytes,
             )
             for part in parts:
                 if part.whole is not None:

@@ -36,10 +36,14 @@ class Budget:
     sent_nbytes: int
 
 
-def budget(max_nbytes: int) -> Budget:
-    """Return the lengths that together keep within `max_nbytes` of one rank."""
-    chunk = max(1, min(CHUNK_NBYTES, max_nbytes // 4))
-    sent = min(_MOST_SENT_NBYTES, max_nbytes - 2 * chunk)
+def budget(max_nbytes: int, *, has_device: bool = False) -> Budget:
+    """Return the lengths that together keep within `max_nbytes` of one rank.
+
+    Boxes on a device are packed there on the way, each no longer than a chunk.
+    """
+    copies = 3 if has_device else 2
+    chunk = max(1, min(CHUNK_NBYTES, max_nbytes // (copies + 2)))
+    sent = min(_MOST_SENT_NBYTES, max_nbytes - copies * chunk)
     return Budget(chunk, max(chunk, sent))
 
 

@@ -1,7 +1,6 @@
 """A device without a device: arrays that the host cannot touch but by the border."""
 
 import collections
-import ctypes
 import threading
 import weakref
 
@@ -59,8 +58,8 @@ class FakeDeviceLibrary:
 
     A copy is done when what `fence` returned is called, and not before: until then its
     target holds other bytes. Each thread has a queue of its own, as it has a stream.
-    Copies from and to pinned memory do not keep it alive, and it holds other bytes once
-    it was let go: the pool gives it away. Other host memory is read at once.
+    A fence that nobody waits for is an error, told in the next call: memory that takes
+    part in copies is given back with it, and may be in use again too soon.
     """
 
     def __init__(self):
@@ -68,11 +67,16 @@ class FakeDeviceLibrary:
         self.settled = 0
         self.pinned_nbytes = []
         self.buffer_nbytes = []
-        self._pinned = {}  # by address
         # Those that know the device; others would take memory on the first one.
         self._threads = {threading.main_thread().ident}
+        self.alive = Alive()
+        self._work = []
         self._queues = collections.defaultdict(collections.deque)
         self._lock = threading.RLock()
+
+    def begin(self, work):
+        """Have the device work for others: done when the device was waited for."""
+        self._work.append(work)
 
     def adopt(self, obj):
         if isinstance(obj, FakeAdopted):
@@ -92,24 +96,27 @@ class FakeDeviceLibrary:
     def settle(self, arrays):
         assert all(isinstance(array, FakeAdopted) for array in arrays)
         self.settled += 1
+        for thread, queue in self._queues.items():
+            are_safe = thread.is_alive() and not any(copy.is_fenced for copy in queue)
+            assert are_safe or not queue, "nobody has waited for a copy"
+            queue.clear()
+        while self._work:
+            self._work.pop(0)()
 
     def empty(self, shape, dtype, device):
-        assert dtype.isnative
+        if not dtype.isnative:
+            raise TypeError("a device has no swapped byte order")
         return FakeAdopted(np.full(shape, 0, dtype))
 
     def pinned(self, nbytes):
         assert threading.get_ident() in self._threads
         self.pinned_nbytes.append(nbytes)
-        store = np.full(max(1, nbytes), 0xA5, np.uint8)
-        self._pinned[store.ctypes.data] = store
-        memory = (ctypes.c_char * store.size).from_buffer(store)
-        weakref.finalize(memory, store.fill, 0xDD)
-        return np.frombuffer(memory, np.uint8)[:nbytes]
+        return self.alive(np.full(nbytes, 0xA5, np.uint8))
 
     def buffer(self, nbytes, like):
         assert isinstance(like, FakeAdopted)
         self.buffer_nbytes.append(nbytes)
-        return FakeAdopted(np.full(nbytes, 0xA5, np.uint8))
+        return FakeAdopted(self.alive(np.full(nbytes, 0xA5, np.uint8)))
 
     def view(self, array, start, stop):
         return FakeAdopted(array._host.reshape(-1).view(np.uint8)[start:stop])
@@ -129,46 +136,77 @@ class FakeDeviceLibrary:
         self._queue("write", source, flat[start : start + source.size])
 
     def read_box(self, array, skip, target):
-        packed = np.ascontiguousarray(array._host).reshape(-1).view(np.uint8)
+        packed = self._packed(array).reshape(-1).view(np.uint8)
         self._queue("read box", packed[skip : skip + target.size], _memory(target))
 
     def write_box(self, array, source):
-        box = source.view(array.dtype).reshape(array.shape)
-        self._queue("write box", box, array._host)
+        self._packed(array)
+        self._queue("write box", source, array._host)
+
+    def _packed(self, array):
+        """Return a copy: memory of the device that the next copy may have again."""
+        self.alive.add(array.nbytes)
+        self.alive.add(-array.nbytes)
+        return np.ascontiguousarray(array._host)
 
     def fence(self):
-        queue = self._queues[threading.get_ident()]
+        queue = self._queues[threading.current_thread()]
         with self._lock:
+            for copy in queue:
+                copy.is_fenced = True
             last = queue[-1] if queue else None
 
         def wait():
             with self._lock:
-                while last is not None and any(last is copy for copy in queue):
-                    source, target = queue.popleft()
-                    target[...] = source
+                while last is not None and last in queue:
+                    queue.popleft().run()
 
         return wait
 
     def _queue(self, name, source, target):
-        assert source.shape == target.shape
+        assert source.nbytes == target.nbytes
         assert threading.get_ident() in self._threads
         with self._lock:
             self.calls.append((name, target.nbytes))
             if target.dtype == np.uint8:
                 target[...] = 0x5A
-            copy = self._without_owner(source), self._without_owner(target)
-            if name.startswith("write") and copy[0] is source:  # of the host
-                copy = source.copy(), copy[1]
-            self._queues[threading.get_ident()].append(copy)
+            self._queues[threading.current_thread()].append(_Copy(source, target))
 
-    def _without_owner(self, memory):
-        """Return pinned memory as an address, which keeps nothing alive."""
-        address = memory.ctypes.data
-        for start, store in self._pinned.items():
-            if start <= address < start + store.size:
-                found = store[address - start :][: memory.nbytes]
-                return found.view(memory.dtype).reshape(memory.shape)
-        return memory
+
+class _Copy:
+    """A copy that was queued; it keeps the memory that takes part."""
+
+    def __init__(self, source, target):
+        self.source, self.target = source, target
+        self.is_fenced = False
+
+    def run(self):
+        source, target = self.source, self.target
+        if source.shape != target.shape:
+            source = source.view(target.dtype).reshape(target.shape)
+        target[...] = source
+
+
+class Alive:
+    """Counts bytes that are alive, here and wherever else it is told of them."""
+
+    def __init__(self):
+        self.now = self.most = 0
+        self._lock = threading.RLock()  # finalizers may run anywhere
+
+    def __call__(self, array):
+        self.add(array.nbytes)
+        weakref.finalize(array, self.add, -array.nbytes)
+        return array
+
+    def empty(self, shape, dtype=float):
+        """Stand in for `numpy.empty`."""
+        return self(np.empty(shape, dtype))
+
+    def add(self, nbytes):
+        with self._lock:
+            self.now += nbytes
+            self.most = max(self.most, self.now)
 
 
 def _memory(buffer):

@@ -31,7 +31,7 @@ def assert_refused(comm, error, call, match, failures=None):
     assert match in texts[0], texts[0]
     assert isinstance(caught, mpisave.MpisaveError)
     if failures is not None:
-        assert sorted(caught.failures) == failures
+        assert sorted(caught.failures) == failures, texts
     return caught
 
 

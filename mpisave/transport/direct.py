@@ -74,7 +74,11 @@ class Direct:
         self._between = between
         self._threads = max(1, threads)
         self._library = library_of(arrays)
-        self._scratch_nbytes = max(1, min(_PACKED_NBYTES, max_nbytes // self._threads))
+        share = max_nbytes // self._threads
+        self._scratch_nbytes = max(1, min(_PACKED_NBYTES, share))
+        # The device packs a piece on the way, if it does not lie together.
+        part = share if self._library is None else share // 2
+        self._packed_nbytes = max(1, min(_PACKED_NBYTES, part))
 
     def move(self, moved: Moved, rank: int) -> None:
         """Write all pieces of `rank`, which is this one."""
@@ -96,7 +100,7 @@ class Direct:
                 if (
                     between is None
                     or nbytes >= SMALL_NBYTES
-                    or waiting + more > self._scratch_nbytes
+                    or waiting + more > self._packed_nbytes
                 ):
                     yield self._packed(first, item)
                     waiting = 0
@@ -105,7 +109,7 @@ class Direct:
                     waiting += more
                     continue
             head = len(between or b"")
-            if nbytes < SMALL_NBYTES and nbytes + head <= self._scratch_nbytes:
+            if nbytes < SMALL_NBYTES and nbytes + head <= self._packed_nbytes:
                 first, waiting = item, nbytes + head
             else:
                 if between:
@@ -133,18 +137,20 @@ class Direct:
             memory = packed.data
             at = 0
             places = []
-            for item in range(first, stop):
-                literal = self._between[item]
-                if literal:
-                    memory[at : at + len(literal)] = literal
-                    at += len(literal)
-                nbytes, start = stream.nbytes[item], stream.starts[item]
-                array = self._arrays[item]
-                with naming(array.name):
-                    array.stage(start, packed[at : at + nbytes])
-                places.append(at)
-                at += nbytes
-            fence(self._library)()
+            try:
+                for item in range(first, stop):
+                    literal = self._between[item]
+                    if literal:
+                        memory[at : at + len(literal)] = literal
+                        at += len(literal)
+                    nbytes, start = stream.nbytes[item], stream.starts[item]
+                    array = self._arrays[item]
+                    with naming(array.name):
+                        array.stage(start, packed[at : at + nbytes])
+                    places.append(at)
+                    at += nbytes
+            finally:  # what was queued before an error, too
+                fence(self._library)()
             for item, at in zip(range(first, stop), places, strict=True):
                 data = memory[at : at + stream.nbytes[item]]
                 sums.add(item, stream.within[item], data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -80,8 +81,11 @@ class Root:
         self._writer.start()
 
     def finish(self) -> None:
-        """Wait until all is written."""
+        """Wait until all is written, and copied, if an error made that useless."""
         self._writer.finish()
+        for _, ready in self._on_device:
+            with contextlib.suppress(Exception):  # told by the writer
+                ready()
 
     def sums_of_arrived(self) -> dict[int, Sums]:
         """Return the checksums of the streams that were not summed by who sent them."""
@@ -126,7 +130,8 @@ class Root:
             self._gatherv(buffer, counts, displs)
             return fence(None)
         arrival, is_free = self._on_device.popleft()
-        is_free()
+        with contextlib.suppress(Exception):  # told by the writer
+            is_free()
         self._gatherv(arrival, counts, displs)
         nbytes = int(counts.sum())
         try:
@@ -135,9 +140,11 @@ class Root:
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             error = exc
 
-            def ready() -> None:
+            def fail() -> None:
                 raise error
 
+            self._on_device.append((arrival, fence(None)))
+            return fail
         self._on_device.append((arrival, ready))
         return ready
 

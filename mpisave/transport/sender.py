@@ -48,7 +48,13 @@ class Sender:
         """Nothing runs beside the rounds."""
 
     def finish(self) -> None:
-        """Nothing ran beside the rounds."""
+        """Wait for copies of a round that was not to be."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            try:
+                ahead.wait()
+            except BaseException as exc:  # noqa: BLE001 - told as all others
+                self.error = self.error or exc
 
     def round(
         self,

@@ -14,6 +14,7 @@ from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states, assert_on_all_ranks, small_blocks
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from on_device import give_to_mpi
 from ranks import assert_stock, first_ranks
 
 import mpisave
@@ -117,6 +118,7 @@ def examples(draw, size):
         ],
         "into": draw(st.sampled_from(["new", "inplace"])),
         "verify": draw(st.booleans()),
+        "by_device": draw(st.booleans()),
     }
 
 
@@ -212,7 +214,9 @@ class Example:
                     value = {"rank": taken, "words": np.full(taken, taken)}
                     self._put(expected, number, value)
             else:
-                array, orders = self._assembled(leaf), ORDERS[:-1]
+                array = self._assembled(leaf)
+                # Devices have no swapped byte order.
+                orders = ORDERS if array.dtype.isnative else ORDERS[:-1]
                 empty = np.zeros_like(array)
                 order = orders[(rank + number) % len(orders)]
                 if wants == "all":
@@ -239,7 +243,9 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Shards):
-        return [box.array for box in value.boxes]
+        return [plain(box.array) for box in value.boxes]
+    if isinstance(value, FakeDeviceArray):
+        return value._host
     return plain(value.value) if isinstance(value, PerRank) else value
 
 
@@ -257,6 +263,7 @@ def settled(drawn):
         for module in ("saving", "loading"):
             patch.setattr(f"mpisave.{module}.threads_of", lambda *_: drawn["threads"])
         put_in_place(patch)
+        give_to_mpi(patch, by_device=drawn["by_device"])
         yield
 
 
@@ -305,7 +312,7 @@ class Run:
         assert_equal_states(plain(self.found), self.expected)
         if self.drawn["into"] == "inplace":
             for key, value in self.like.items():
-                if isinstance(value, np.ndarray):
+                if isinstance(value, (np.ndarray, FakeDeviceArray)):
                     assert self.found[key] is value, key
 
 

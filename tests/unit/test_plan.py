@@ -448,3 +448,16 @@ def test_extent_ends_one_past_its_last_byte():
 def test_negative_extent_cannot_be_built(offset, nbytes):
     with pytest.raises(ValueError, match="negative"):
         Extent(offset, nbytes)
+
+
+@pytest.mark.parametrize("by_device", [False, True])
+@pytest.mark.parametrize("roots", [1, 2, 5])
+@pytest.mark.parametrize("cap", [100, 10 * 2**10, 2**20, 2**40])
+def test_buffers_of_devices_keep_within_the_cap(cap, roots, by_device):
+    found = buffers(cap, roots, has_device=True, by_device=by_device)
+
+    # Beside what travels, one round is packed, by whoever packs.
+    n, as_root = found.round_nbytes, 4 if by_device else 2
+    is_sender_too = roots > 1
+    of_root = (as_root + 2 * (roots - 1) + is_sender_too) * n + found.scratch_nbytes
+    assert max(of_root, (2 * roots + 1) * n) <= cap

@@ -216,11 +216,14 @@ class TestRounds:
 
 class TestBudget:
     @PROPERTY
-    @given(st.integers(4, 2**45))
-    def test_what_is_received_put_together_and_sent_keeps_within_the_cap(self, cap):
-        found = budget(cap)
+    @given(st.integers(5, 2**45), st.booleans())
+    def test_what_is_received_put_together_and_sent_keeps_within_the_cap(
+        self, cap, has_device
+    ):
+        found = budget(cap, has_device=has_device)
 
-        assert 2 * found.chunk_nbytes + found.sent_nbytes <= cap
+        copies = 3 if has_device else 2  # one more on the way, on the device
+        assert copies * found.chunk_nbytes + found.sent_nbytes <= cap
         assert 1 <= found.chunk_nbytes <= CHUNK_NBYTES
         # At least one chunk can be sent in a round.
         assert found.sent_nbytes >= found.chunk_nbytes
