@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from fakes import FakeAdopted, FakeDeviceArray, put_in_place
 
-import mpisave
-from mpisave import saving
+from mpisave import choosing
+from mpisave.arrays import held_array
+from mpisave.choosing import Choice
+from mpisave.comms import private_comm
+from mpisave.transport.memory import memory_of
 
 DTYPES = [
     np.dtype(name)
@@ -156,18 +159,21 @@ def make_devices(name, monkeypatch):
     return OnFake(monkeypatch) if name == "fake" else OnCuPy()
 
 
-def give_to_mpi(monkeypatch, *, by_device):
-    """Have save give MPI memory of devices, or not, whatever MPI it is."""
+def trust_mpi(monkeypatch):
+    """Have "device" be what it says, whatever MPI it is, with no trial of seconds.
 
-    def choose(call):
-        call.by_device = by_device and call.has_device
+    Memory of the stand-in is of the host, and MPI may be given it.
+    """
 
-    monkeypatch.setattr(saving._Call, "choose", choose)
+    def choose(own, wanted, memory, *, timeout_s=None):
+        return Choice(wanted, "as this test has it")
+
+    monkeypatch.setattr("mpisave.saving.choose", choose)
 
 
 def mpi_takes_device_memory(comm):
     """Return whether MPI may be given memory of devices, and who says so."""
-    cuda_aware = pytest.importorskip("mpisave.cuda_aware")
-    with mpisave.comms.private_comm(comm, "choose", 60.0) as own:
-        choice = cuda_aware.choose(own, "auto", has_device=True)
+    held = [held_array(OnCuPy().to_device(np.arange(100)))]
+    with private_comm(comm, "choose", 120.0) as own:
+        choice = choosing.choose(own, "auto", memory_of(held), timeout_s=120.0)
     return choice.transport == "device", choice.how

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from boxes import noise, where
 from helpers import assert_equal_states, assert_on_all_ranks, files_in, small_blocks
-from on_device import give_to_mpi, make_devices, mpi_takes_device_memory
+from on_device import make_devices, mpi_takes_device_memory, trust_mpi
 from ranks import (
     Numpy,
     assert_nothing_lost,
@@ -42,7 +42,12 @@ class Route:
 
     def arguments(self, comm):
         many = {"": None, "one": 0, "two": sorted({0, comm.size - 1})}
-        return {"gather_to": many[self.roots], "state_type": "opt", "comm": comm}
+        return {
+            "gather_to": many[self.roots],
+            "state_type": "opt",
+            "transport": "device" if self.by_device else "host",
+            "comm": comm,
+        }
 
     def __str__(self):
         by = "device" if self.by_device else "host"
@@ -77,7 +82,7 @@ def route(request, devices, monkeypatch):
         may, how = request.getfixturevalue("of_mpi")
         if not may:
             pytest.skip(f"MPI is not given device memory: {how}")
-    give_to_mpi(monkeypatch, by_device=route.by_device)
+    trust_mpi(monkeypatch)
     return route
 
 

@@ -14,7 +14,7 @@ from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states, assert_on_all_ranks, small_blocks
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from on_device import give_to_mpi
+from on_device import trust_mpi
 from ranks import assert_stock, first_ranks
 
 import mpisave
@@ -95,6 +95,7 @@ def examples(draw, size):
     """Draw an example, as plain data that travels."""
     writers, readers = (draw(st.sampled_from(range(1, size + 1))) for _ in range(2))
     roots = st.lists(st.integers(0, writers - 1), min_size=1, unique=True)
+    gather_to = draw(st.none() | roots)
     found = draw(st.lists(leaves(writers), min_size=2, max_size=6))
     return {
         "writers": writers,
@@ -104,9 +105,10 @@ def examples(draw, size):
         "how": {
             "use_binary_format": draw(st.booleans()),
             "protocol": draw(st.sampled_from([2, 3, 4, 5])),
-            "gather_to": draw(st.none() | roots),
+            "gather_to": gather_to,
             "replicas": draw(st.sampled_from(["first", "share", "check"])),
             "max_grouped_size": draw(st.sampled_from(["3G", "10K", 500, 33, 1])),
+            "transport": draw(st.sampled_from(["host", *["device"] * bool(gather_to)])),
         },
         "block_nbytes": draw(st.sampled_from([2**20, 64])),
         "shortest_run_nbytes": draw(st.sampled_from([2**18, 16])),
@@ -118,7 +120,6 @@ def examples(draw, size):
         ],
         "into": draw(st.sampled_from(["new", "inplace"])),
         "verify": draw(st.booleans()),
-        "by_device": draw(st.booleans()),
     }
 
 
@@ -263,7 +264,7 @@ def settled(drawn):
         for module in ("saving", "loading"):
             patch.setattr(f"mpisave.{module}.threads_of", lambda *_: drawn["threads"])
         put_in_place(patch)
-        give_to_mpi(patch, by_device=drawn["by_device"])
+        trust_mpi(patch)
         yield
 
 
