@@ -101,7 +101,7 @@ test-slow: $(READY)
 	$(PYTEST) --mpi-sizes 2,4 --mpi-timeout 900 -m slow tests/mpi
 
 test-gpu: $(READY)
-	$(PYTEST) --mpi-sizes 1,2,4 -m gpu tests
+	$(PYTEST) --mpi-sizes 1,2,4 -m gpu tests/mpi/test_devices.py tests/mpi/test_gpu.py
 
 # Damage to files, in tens of thousands of cases: minutes. `make unit` has a short cut.
 test-faults: $(READY)
