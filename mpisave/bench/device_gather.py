@@ -72,9 +72,10 @@ class GatherSides:
         try:
             used = self._save("device", {key: work.arrays[key]}).transport
         except mpisave.ArgumentError as exc:
-            used = str(exc)
-        work.clean()
-        return "" if used == "gather (device)" else used
+            return str(exc)
+        finally:
+            work.clean()
+        return "" if used == "gather (device)" else f"it came out as {used!r}"
 
     def _mpisave(self, transport: str, bounds: tuple[str, ...]) -> Side:
         name = f"mpisave pickle, {transport}"
