@@ -6,6 +6,8 @@ into a cache, from a place that its key gives.
 
 from __future__ import annotations
 
+import functools
+import pickle
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisave.bench.states import MIB
+from mpisave.checksum import crc32c
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from mpisave.bench.states import Shapes
 
@@ -63,7 +67,7 @@ class Content:
         return found.view(np.float32).reshape(self.shapes[key])
 
     def check(self, found: Mapping[str, Any], keys: list[str]) -> None:
-        """Refuse host arrays that are not the ones of `keys`.
+        """Refuse host arrays, or what `seen_in_pickle` says, that are not `keys`.
 
         Raises
         ------
@@ -79,8 +83,38 @@ class Content:
     def _is_equal(self, key: str, array: Any) -> bool:
         if array.dtype != np.float32 or array.shape != self.shapes[key]:
             return False
+        if isinstance(array, Seen):
+            crc = functools.reduce(
+                lambda value, step: crc32c(step[1].data, value), self.steps(key), 0
+            )
+            return array.crc == crc
         data = array.reshape(-1).view(np.uint8)
         return all(
             np.array_equal(data[start : start + part.size], part)
             for start, part in self.steps(key)
         )
+
+
+class Seen:
+    """What a pickle says of an array, whose bytes were let go."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, _, data = state
+        self.crc = crc32c(data)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct":
+            return lambda *_: Seen()
+        return super().find_class(module, name)
+
+
+def seen_in_pickle(path: Path) -> dict[str, Seen]:
+    """Return what Python finds in a dict of arrays, in the memory of one of them.
+
+    A whole state in fresh memory would take longer than what is measured.
+    """
+    with path.open("rb") as file:
+        found: dict[str, Seen] = _Unpickler(file).load()
+    return found

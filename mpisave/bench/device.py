@@ -18,7 +18,12 @@ from mpisave.bench.gpu import Gpu
 from mpisave.bench.meter import Meter
 from mpisave.bench.states import MIB, mixed
 from mpisave.bench.turns import Row, Side, rows_of, take_turns
-from mpisave.placement import threads_of, where_this_runs
+from mpisave.placement import (
+    MOST_READERS,
+    MOST_WRITERS,
+    threads_of,
+    where_this_runs,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -86,6 +91,7 @@ def _work(comm: Any, args: argparse.Namespace, folder: Path, gpu: Any) -> Work:
     if comm.rank == 0:
         kept.mkdir()
     keys = whole.shares(comm.size)[comm.rank]
+    where = comm.allgather(where_this_runs())
     return Work(
         comm,
         gpu,
@@ -96,7 +102,8 @@ def _work(comm: Any, args: argparse.Namespace, folder: Path, gpu: Any) -> Work:
         Meter(comm, gpu),
         folder / "files",
         kept,
-        threads_of(comm.allgather(where_this_runs()), comm.rank),
+        threads_of(where, comm.rank, MOST_WRITERS),
+        threads_of(where, comm.rank, MOST_READERS),
     )
 
 
@@ -143,12 +150,14 @@ def _rows(
     fsync: str | None,
 ) -> list[Row]:
     """Return rows of medians, with memory where it was measured."""
+    # A root that gathers writes with one.
+    threads = {"save": work.writers, "load": work.readers}.get(phase, 1)
     found = rows_of(
         sides,
         times,
         work.whole.nbytes,
         ranks=work.comm.size,
-        threads=work.threads,
+        threads=threads,
         fsync=fsync,
     )
     rows = []

@@ -72,7 +72,7 @@ class GatherSides:
         try:
             used = self._save("device", {key: work.arrays[key]}).transport
         except mpisave.ArgumentError as exc:
-            return str(exc)
+            return " ".join(str(exc).split())
         finally:
             work.clean()
         return "" if used == "gather (device)" else f"it came out as {used!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
@@ -149,13 +150,6 @@ class HandPickle(DevicePeer):
 
     def saved(self, folder: Path) -> Arrays:
         """Load the dict."""
-        return load_pickle(folder / self.file)
-
-
-def load_pickle(path: Path) -> Arrays:
-    """Return what a pickle of this bench holds, as Python loads it."""
-    import pickle
-
-    with path.open("rb") as file:
-        arrays: Arrays = pickle.load(file)
-    return arrays
+        with (folder / self.file).open("rb") as file:
+            arrays: Arrays = pickle.load(file)
+        return arrays

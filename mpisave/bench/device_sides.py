@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mpisave
-from mpisave.bench.content import STEP_NBYTES
+from mpisave.bench.content import STEP_NBYTES, seen_in_pickle
 from mpisave.bench.copies import run_all, steps_of
 from mpisave.bench.device_peers import (
     CupySave,
     DevicePeer,
     HandPickle,
     TorchSave,
-    load_pickle,
 )
 from mpisave.bench.save import VERSION
 from mpisave.bench.states import offsets
@@ -57,7 +56,8 @@ class Work:
     meter: Meter
     folder: Path  # emptied after each turn
     kept: Path  # what a phase leaves to the next
-    threads: int  # that mpisave has on this rank
+    writers: int  # threads of mpisave on this rank, to write
+    readers: int  # and to read
 
     @property
     def shares(self) -> list[list[str]]:
@@ -98,7 +98,7 @@ def write_bare(work: Work, path: Path, *, durable: bool, keys: Sequence[str]) ->
                 offset = places[key] + start
                 yield functools.partial(pwrite, descriptor, part.data, offset)
 
-    run_all(work.threads, jobs())
+    run_all(work.writers, jobs())
     if durable:
         os.fsync(descriptor)
     os.close(descriptor)
@@ -107,7 +107,7 @@ def write_bare(work: Work, path: Path, *, durable: bool, keys: Sequence[str]) ->
 def check_pickle(work: Work, path: Path) -> None:
     """Refuse a pickle that does not hold the arrays of all ranks."""
     if work.comm.rank == 0:
-        work.content.check(load_pickle(path), work.keys)
+        work.content.check(seen_in_pickle(path), work.keys)
 
 
 class SaveSides:
@@ -224,9 +224,7 @@ class LoadSides:
         self._work = work
         self._parts = steps_of(work.gpu, work.arrays.values())
         self._peers = peers(work, wanted, lambda kind: kind.loads)
-        self._free = deque(
-            work.gpu.pinned(STEP_NBYTES) for _ in range(max(1, work.threads))
-        )
+        self._free = deque(work.gpu.pinned(STEP_NBYTES) for _ in range(work.readers))
         for buffer in self._free:
             buffer[:] = 1
         self._write()
@@ -315,7 +313,7 @@ class LoadSides:
             self._free.append(buffer)
 
         starts = range(0, nbytes, STEP_NBYTES)
-        run_all(work.threads, (functools.partial(read, start) for start in starts))
+        run_all(work.readers, (functools.partial(read, start) for start in starts))
         os.close(descriptor)
 
     def _check(self, loaded: Arrays) -> None:

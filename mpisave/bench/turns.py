@@ -97,7 +97,7 @@ def take_turns(
             left = ends - time.perf_counter()
             names = comm.bcast(_fitting(taking, costs, left))
             taking = [side for side in taking if side.name in names]
-        if not taking:
+        if not taking and repeat:
             break
         for side in taking:
             comm.Barrier()
