@@ -8,10 +8,8 @@ from fakes import FakeGpu, put_in_place
 from helpers import assert_on_all_ranks
 
 import mpisave
-from mpisave.bench import device, device_gather
+from mpisave.bench import device, device_gather, gpu
 
-pytestmark = pytest.mark.mpi(min_size=2)
-MIB = 2**20
 HOST = [
     *("bound: Gatherv, host", "bound: pwrite on the root", "bound: copy on the root"),
     "mpisave pickle, host",
@@ -21,24 +19,19 @@ HOST = [
 @pytest.fixture
 def measure(comm, shared_dir, monkeypatch):
     put_in_place(monkeypatch)
+    return lambda *sides: measured(comm, shared_dir, FakeGpu(), sides)
+
+
+def measured(comm, folder, on, sides=None):
     if comm.rank == 0:
-        (shared_dir / "files").mkdir()
+        (folder / "files").mkdir()
     comm.Barrier()
-
-    def run(*sides):
-        args = argparse.Namespace(
-            mib=[6],
-            arrays=20,
-            repeats=2,
-            fsync="off",
-            sides=sides,
-            seconds=600,
-        )
-        return device.measure(comm, args, shared_dir, FakeGpu())
-
-    return run
+    plain = {"mib": [6], "arrays": 20, "repeats": 2, "fsync": "off", "seconds": 600}
+    args = argparse.Namespace(**plain, sides=sides)
+    return device.measure(comm, args, folder, on)
 
 
+@pytest.mark.mpi(min_size=2)
 def test_each_rank_saves_its_part_of_one_file(comm, measure):
     rows = measure("save")
 
@@ -52,6 +45,7 @@ def test_each_rank_saves_its_part_of_one_file(comm, measure):
     assert_on_all_ranks(comm, {row["ranks"] for row in rows} == {comm.size}, "ranks")
 
 
+@pytest.mark.mpi(min_size=2)
 def test_gathering_by_device_is_left_out_where_it_is_refused(
     comm, measure, monkeypatch, capsys
 ):
@@ -72,6 +66,7 @@ def test_gathering_by_device_is_left_out_where_it_is_refused(
     assert_on_all_ranks(comm, expected == (comm.rank == 0), "said by rank 0")
 
 
+@pytest.mark.mpi(min_size=2)
 def test_gathering_by_device_is_measured_where_mpi_takes_it(comm, measure, monkeypatch):
     chosen = []
 
@@ -100,3 +95,26 @@ def test_gathering_by_device_is_measured_where_mpi_takes_it(comm, measure, monke
     expected = slowest / sides["mpisave pickle, device"]["median_s"]
     assert_on_all_ranks(comm, np.isclose(ratio, expected), "ratio")
     assert_on_all_ranks(comm, {*chosen} == {"device", "host"}, "transports")
+
+
+@pytest.mark.gpu
+@pytest.mark.mpi
+def test_all_sides_run_on_a_gpu(comm, shared_dir):
+    cupy = pytest.importorskip("cupy")
+    if gpu.missing():
+        pytest.skip(gpu.missing())
+
+    try:
+        rows = measured(comm, shared_dir, gpu.Gpu(comm.rank))
+    finally:
+        pool = cupy.get_default_pinned_memory_pool()
+        cupy.cuda.set_pinned_memory_allocator(pool.malloc)
+
+    # Each was checked: that it is there says that it was right.
+    found = [row["side"] for row in rows if row["side"].startswith("mpisave")]
+    first = ["mpisave pickle", "mpisave HDF5"]
+    assert_on_all_ranks(comm, found[:2] == first, "save")
+    more = "mpisave device=" if comm.size == 1 else "mpisave pickle, host"
+    assert_on_all_ranks(comm, more in found, "load or gather")
+    mine = [row for row in rows if row["side"] == more]
+    assert_on_all_ranks(comm, mine[0]["pinned_mib"] > 0, "pinned memory")

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import pickle
 import statistics
 import threading
@@ -409,17 +408,3 @@ def test_each_number_of_ranks_is_a_job_with_its_part_of_the_time(
 
     assert status == 0
     assert jobs == started
-
-
-@pytest.mark.gpu
-def test_all_sides_run_on_a_gpu(tmp_path):
-    out = tmp_path / "rows.json"
-    few = ["--mib", "32", "--repeats", "1", "--dir", str(tmp_path)]
-
-    assert main.main(["device", *few, "--json", str(out)]) == 0
-
-    rows = json.loads(out.read_text())
-    alone = [row["side"] for row in rows if row["ranks"] == 1]
-    assert alone == [*SAVES, *SAVING_PEERS, *LOADS, *LOADING_PEERS]
-    new = [row for row in rows if row["side"] == "mpisave device="]
-    assert 31 < new[0]["device_mib"] < 128
