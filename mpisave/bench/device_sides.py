@@ -165,7 +165,8 @@ class SaveSides:
 
         def check(_: object) -> None:
             work.content.check(peer.saved(work.folder), work.keys)
-            self._keep(peer.file)
+            if peer.loads:
+                self._keep(peer.file)
 
         return Side(
             peer.saves,
