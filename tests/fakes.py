@@ -209,6 +209,76 @@ class Alive:
             self.most = max(self.most, self.now)
 
 
+class FakeGpu:
+    """What the bench of devices asks of `mpisave.bench.gpu`, served from memory.
+
+    A copy is done when what `queue` returned is called, and not before.
+    """
+
+    name, version, torch_device = "a fake GPU", "fake 1", "cpu"
+
+    def __init__(self):
+        self.used = 0
+        self.queued = []
+
+    def synchronize(self):
+        pass
+
+    def array(self, host):
+        return FakeAdopted(np.array(host))
+
+    asarray = array
+
+    def host(self, array):
+        return array._host.copy()
+
+    def bytes_of(self, array):
+        host = array._host if isinstance(array, FakeAdopted) else array.numpy()
+        return FakeAdopted(host.reshape(-1).view(np.uint8))
+
+    def buffer(self, nbytes):
+        return FakeAdopted(np.full(nbytes, 0xA5, np.uint8))
+
+    def pinned(self, nbytes):
+        return np.full(nbytes, 0xA5, np.uint8)
+
+    def spoil(self, array):
+        array._host.reshape(-1).view(np.uint8)[:] = 0x5A
+
+    def queue(self, target, source):
+        to_host = isinstance(target, np.ndarray)
+        assert to_host != isinstance(source, np.ndarray)
+        target, source = _memory(target), _memory(source)
+        assert target.shape == source.shape
+        self.queued.append(("to host" if to_host else "to device", target.nbytes))
+        target[...] = 0xDD
+
+        def wait():
+            target[...] = source
+
+        return wait
+
+    def free(self):
+        pass
+
+    def used_nbytes(self):
+        return self.used
+
+    def pinned_nbytes(self):
+        return 3 * 2**20
+
+    def save(self, path, array):
+        np.save(path, array._host)
+
+    def load(self, path):
+        return FakeAdopted(np.load(path))
+
+    def tensor(self, array):
+        import torch
+
+        return torch.from_numpy(array._host)
+
+
 def _memory(buffer):
     return buffer._host if isinstance(buffer, FakeAdopted) else buffer
 

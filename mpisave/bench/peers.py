@@ -81,7 +81,7 @@ class Pickle4(Peer):
 
     def save(self, folder: Path, *, durable: bool) -> None:
         """Dump the dict."""
-        _dump(self.arrays, self._path(folder), self.protocol, durable=durable)
+        dump(self.arrays, self._path(folder), self.protocol, durable=durable)
 
     def load(self, folder: Path) -> Any:
         """Load the dict."""
@@ -244,7 +244,7 @@ class GatherPickle(Pickle4):
         parts = self.comm.gather(self.arrays, root=0)
         if parts is not None:
             merged = {key: array for part in parts for key, array in part.items()}
-            _dump(merged, self._path(folder), self.protocol, durable=durable)
+            dump(merged, self._path(folder), self.protocol, durable=durable)
 
 
 def peers(
@@ -295,7 +295,8 @@ def close(comm: Any) -> None:
         time.sleep(0.2)
 
 
-def _dump(arrays: Arrays, path: Path, protocol: int, *, durable: bool) -> None:
+def dump(arrays: Arrays, path: Path, protocol: int, *, durable: bool) -> None:
+    """Pickle arrays to a file, flushed to the disk if `durable`."""
     with path.open("wb") as file:
         pickle.dump(arrays, file, protocol=protocol)
         if durable:

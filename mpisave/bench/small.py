@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mpisave
+from mpisave.bench.meter import reset_peak, status
 from mpisave.bench.states import MIB, gpt2_like, many
 from mpisave.formats.hdf5 import HDF5Format
 from mpisave.formats.pkl import PickleFormat
@@ -20,6 +20,7 @@ from mpisave.tree import flatten
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from mpisave.bench.turns import Row
 
@@ -33,9 +34,8 @@ def bench_memory(comm: Any, args: argparse.Namespace, folder: Path) -> list[Row]
     for name, hdf5 in _FORMATS:
         state = gpt2_like(args.mib[0] * MIB, comm.rank, comm.size)
         comm.Barrier()
-        # Linux: 5 resets the high-water mark (proc(5), clear_refs).
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        reset_peak()
+        before = status("VmRSS")
         report = mpisave.save(
             state,
             folder / "files" / f"{name.split()[-1]}.params",
@@ -45,7 +45,7 @@ def bench_memory(comm: Any, args: argparse.Namespace, folder: Path) -> list[Row]
             max_grouped_size=args.cap,
             comm=comm,
         )
-        extra = comm.bcast(_status("VmHWM") - before)
+        extra = comm.bcast(status("VmHWM") - before)
         rows.append(
             {
                 "side": name,
@@ -56,14 +56,6 @@ def bench_memory(comm: Any, args: argparse.Namespace, folder: Path) -> list[Row]
             }
         )
     return rows
-
-
-def _status(field: str) -> int:
-    """Return a memory field of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def bench_layout(args: argparse.Namespace) -> list[Row]:

@@ -160,6 +160,24 @@ def many(arrays: int, nbytes_of_each: int) -> Whole:
     )
 
 
+def mixed(nbytes: int, arrays: int) -> Whole:
+    """Return about `nbytes` in `arrays` arrays: a fifth small, the others of one size.
+
+    The small ones have 4 to 60 KiB, as biases and norms do.
+    """
+    small = {number: 1024 * (1 + number % 15) for number in range(4, arrays, 5)}
+    rest = nbytes // 4 - sum(small.values())
+    large = max(1, rest // max(1, arrays - len(small)))
+    return Whole(
+        tuple(
+            {f"layer{number}.bias": (small[number],)}
+            if number in small
+            else {f"layer{number}.weight": (large,)}
+            for number in range(arrays)
+        )
+    )
+
+
 def gpt2_like(nbytes: int, rank: int, size: int) -> State:
     """Return this rank's blocks of a float32 state of about `nbytes` in all."""
     whole = gpt2(nbytes, least=size)

@@ -36,6 +36,8 @@ class Side:
         Raises if the work was not done.
     version : str
         Of the library that does the work.
+    most : int, optional
+        Timed turns that are enough. Such a side warms up by itself, before.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Side:
     bounds: tuple[str, ...] = ()
     check: Callable[[Any], None] | None = None
     version: str = ""
+    most: int | None = None
 
 
 def choose(sides: Sequence[Side], wanted: Sequence[str] | None) -> list[Side]:
@@ -54,7 +57,13 @@ def choose(sides: Sequence[Side], wanted: Sequence[str] | None) -> list[Side]:
 
 
 def take_turns(
-    comm: Any, sides: Sequence[Side], repeats: int, after: Callable[[], None]
+    comm: Any,
+    sides: Sequence[Side],
+    repeats: int,
+    after: Callable[[], None],
+    *,
+    seconds: float | None = None,
+    say: Callable[[int, str, float], None] | None = None,
 ) -> dict[str, list[float]]:
     """Run every side once, in turn, `repeats` times, after a time that warms up.
 
@@ -68,15 +77,29 @@ def take_turns(
         How often each is timed.
     after : callable
         Called on every rank after each turn, outside of the times.
+    seconds : float, optional
+        No turns begin that would end later, by what they took before. Each side is
+        timed once at least.
+    say : callable, optional
+        Told, after each turn, how many came before it, the side, and its seconds.
 
     Returns
     -------
     dict of str to list of float
         Seconds of each side, from all ranks being ready until all are done.
     """
+    ends = None if seconds is None else time.perf_counter() + seconds
     times: dict[str, list[float]] = {side.name: [] for side in sides}
+    costs: dict[str, float] = {}
     for repeat in range(repeats + 1):
-        for side in sides:
+        taking = _taking(sides, repeat)
+        if ends is not None and repeat > 1:
+            left = ends - time.perf_counter()
+            names = comm.bcast(_fitting(taking, costs, left))
+            taking = [side for side in taking if side.name in names]
+        if not taking and repeat:
+            break
+        for side in taking:
             comm.Barrier()
             began = time.perf_counter()
             result = side.run()
@@ -84,12 +107,35 @@ def take_turns(
             elapsed = time.perf_counter() - began
             if repeat:  # the first one warms up
                 times[side.name].append(elapsed)
-            elif side.check is not None:
+            if side.check is not None and side.name not in costs:
                 side.check(result)
             # Freed here, or the next side would run beside what this one returned.
             del result
+            cleaning = time.perf_counter()
             after()
+            costs[side.name] = elapsed + time.perf_counter() - cleaning
+            if say is not None:
+                say(repeat, side.name, elapsed)
     return times
+
+
+def _taking(sides: Sequence[Side], repeat: int) -> list[Side]:
+    """Return the sides that take a turn, if there is time."""
+    return [side for side in sides if side.most is None or 0 < repeat < side.most + 1]
+
+
+def _fitting(taking: Sequence[Side], costs: dict[str, float], left: float) -> set[str]:
+    """Return the names of those that end in time: all that always turn, or none."""
+    always = [side for side in taking if side.most is None]
+    left -= sum(costs[side.name] for side in always)
+    if left < 0:
+        return set()
+    names = {side.name for side in always}
+    for side in taking:
+        if side.most is not None and costs[side.name] <= left:
+            left -= costs[side.name]
+            names.add(side.name)
+    return names
 
 
 def rows_of(
