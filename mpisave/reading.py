@@ -245,14 +245,9 @@ class _Window:
         held, at = box.held, box.inside(first, stop)
         there = None if at is None else held.view(at, at + stop - first)
         data = host_memory(stop - first, held.library) if there is None else there
+        read_exactly(box.source, box.stored, first, data)
         if box.verify:
-            # A block is checked while it is in the cache.
-            for start in range(0, stop - first, BLOCK_NBYTES):
-                part = data[start : start + BLOCK_NBYTES]
-                self._read(first + start, part)
-                check_blocks(box.stored, part.data, (first + start) // BLOCK_NBYTES)
-        else:
-            self._read(first, data)
+            check_blocks(box.stored, data.data, first // BLOCK_NBYTES)
         if there is not None:
             return
         if at is not None:
@@ -260,9 +255,6 @@ class _Window:
         else:
             self._copy(data)
         self._copies.begun(held.library)
-
-    def _read(self, at: int, out: npt.NDArray[np.uint8]) -> None:
-        read_exactly(self._box.source, self._box.stored, at, out)
 
     def _copy(self, data: npt.NDArray[np.uint8]) -> None:
         """Copy what of the box is in a window to its place."""
