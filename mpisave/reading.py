@@ -180,10 +180,8 @@ class _Box:
         self.itemsize = want.stored.dtype.itemsize
         self.count = want.held.shape
         shape = want.stored.shape
-        if self.count == shape:
-            self.unit = BLOCK_NBYTES if verify else 1
-            self.runs: npt.NDArray[np.int64] = np.zeros(1, np.int64)
-            self.run_nbytes = want.stored.extent.nbytes
+        self.is_all = self.count == shape
+        if self.is_all:  # there are many of these: no search for what is one run
             self.is_flat = self.held.is_contiguous
             return
         counts = np.array([self.count], np.int64).reshape(1, -1)
@@ -195,14 +193,18 @@ class _Box:
         # So that no unit lies in a gap.
         most_gap = (self.unit - 1) // self.itemsize
         firsts, length = spans(shape, self.start, self.count, most_gap)
-        self.runs = firsts * self.itemsize
+        self.runs: npt.NDArray[np.int64] = firsts * self.itemsize
         self.run_nbytes = length * self.itemsize
         # Without gaps in them, runs may go where they lie: no copy.
         self.is_flat = self.held.is_contiguous and run_nbytes == self.run_nbytes
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """Yield the bytes to read: first and stop, from the start of the array."""
-        unit, total = self.unit, self.stored.extent.nbytes
+        total = self.stored.extent.nbytes
+        if self.is_all:
+            yield from _cut(0, total, _WINDOW_NBYTES)
+            return
+        unit = self.unit
         first = self.runs // unit
         last = (self.runs + self.run_nbytes - 1) // unit
         most = _WINDOW_NBYTES // unit * unit
@@ -219,6 +221,8 @@ class _Box:
         """Return where bytes that all lie in one run begin in the box, or None."""
         if not self.is_flat:
             return None
+        if self.is_all:
+            return first
         number = int(np.searchsorted(self.runs, first, side="right")) - 1
         if number < 0:
             return None
