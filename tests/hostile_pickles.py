@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-MUST_BE_REFUSED, MAY_LOAD = "refused", "may load"
+MUST_BE_REFUSED, TAKES_MEMORY, MAY_LOAD = "refused", "takes memory", "may load"
 HASH = 2**61 - 1  # Python hashes ints by this modulus
 
 
@@ -276,6 +276,9 @@ def of_reuse():
     array = NDARRAY + b"q\x08" + INT + b"q\x09" + BYTES_OF_MANY + b"000"
     one = b"h\x08" + number(100_000) + b"\x85h\x09h\x07\x87R"
     yield "array over and over", whole(array + b"](" + one * 5000 + b"e")
+    once = text("k" * 400_000)
+    keys = once + b"q\x07" + once + b"q\x0800}h\x07Ns(" + b"h\x08N" * 150_000 + b"u"
+    yield "long key compared over and over", whole(keys)
     yield "keys of a DAG", whole(b"}" + DAG + b"Ns")
     yield "keys of a deep tuple", whole(b"}" + DEEP + b"Ns")
     yield "items of a DAG", whole(b"\x8f(" + DAG + b"\x90")
@@ -293,7 +296,15 @@ def of_reuse():
     )
 
 
+def of_memory():
+    """As much memory as there may be for a byte, in more bytes than it is there for."""
+    yield "million sets", whole(b"](" + b"\x8f" * 10**6 + b"e")
+    yield "700,000 sets in a dict", whole(b"}(" + b"N\x8f" * 700_000 + b"u")
+
+
 def may_load():
+    many = b"(" + b"N" * 200_000 + b"tq\x070"
+    yield "long tuple over and over", whole(many + b"](" + b"h\x07" * 200_000 + b"e")
     yield "deep tuple", whole(b"]" + DEEP + b"a")
     yield "deep list", whole(b"]" * 10**5 + b"a" * (10**5 - 1))
     yield "deep dict", whole(b"}" * 10**5 + b"")
@@ -331,6 +342,8 @@ def cases():
     for family in (of_names, of_arrays, of_objects, of_sizes, of_reuse):
         for name, data in family():
             yield name, MUST_BE_REFUSED, data
+    for name, data in of_memory():
+        yield name, TAKES_MEMORY, data
     for name, data in may_load():
         yield name, MAY_LOAD, data
 

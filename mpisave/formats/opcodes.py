@@ -54,6 +54,10 @@ class Payload:
     def __len__(self) -> int:
         return self.nbytes
 
+    def __sizeof__(self) -> int:
+        """Return what it takes as a value, for `sys.getsizeof`."""
+        return self.nbytes + 128
+
     def value(self) -> bytes | bytearray:
         """Return the bytes as the object that they are: one, however often asked."""
         if self._value is None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SCALAR_KEYS = (str, int, float, bool, bytes, type(None))
 _NUMBER_KEYS = (int, float)
+_COMPARED_NBYTES = 32  # in about the time of a step
 _MOST_DIMENSIONS = 64  # NumPy 2's limit; NumPy 1 refuses more than 32 itself
 _PLAIN_CODE = re.compile(r"[biufc][0-9]{1,2}")
 # Dtypes that pickles name by their class, as ml_dtypes pickles them. int4 and the like
@@ -97,13 +98,17 @@ def hashable(key: Any) -> Any:
 def hard_to_hash(keys: list[Any], held: int, last: Any) -> int:
     """Return how many steps at most it takes to add `keys` to `held` others.
 
-    Texts and bytes are hashed with a secret. Hashes of numbers can be made to meet,
-    unless each is the one after the `last`, as in lists that became dicts.
+    Texts and bytes are hashed with a secret, but compared with those that are equal.
+    Hashes of numbers can be made to meet, unless each is the one after the `last`, as
+    in lists that became dicts.
     """
     steps = 0
     for number, key in enumerate(keys):
-        if type(key) in _NUMBER_KEYS and not (
-            type(key) is int and type(last) is int and key == last + 1
+        kind = type(key)
+        if kind is str or kind is bytes:
+            steps += len(key) // _COMPARED_NBYTES
+        elif kind in _NUMBER_KEYS and not (
+            kind is int and type(last) is int and key == last + 1
         ):
             steps += held + number
         last = key

@@ -89,6 +89,9 @@ SlurmdUser=$(id -un)
 AuthType=auth/munge
 AuthInfo=socket=$lab/run/munge.sock
 CredType=cred/munge
+# MPICH names its shared memory after the job, and that of a killed job stays: a job of the same number, of a later lab,
+# could not start.
+FirstJobId=$(($(date +%s) % 60000000 + 1))
 StateSaveLocation=$lab/state
 SlurmctldPidFile=$lab/run/slurmctld.pid
 SlurmctldLogFile=$lab/log/slurmctld.log

@@ -3,7 +3,7 @@
 #
 #   PYTHON=.venv/bin/python tests/slurm/run.sh
 #
-# PYTHON is of an environment with mpisave, mpi4py on MPICH, h5py, scikit-learn, pytest and pytest-mpi. Takes about two
+# PYTHON is of an environment with mpisave, mpi4py on MPICH, h5py, scikit-learn, pytest and pytest-mpi. Takes about three
 # minutes on two cores. Prints a line a check, and `N passed, M failed` in the end.
 set -euo pipefail
 
@@ -114,6 +114,25 @@ refuses_without_mpi() {
         grep --quiet SLURM "$work/refused.out" && [[ -z $(ls -A "$work/refused") ]]
 }
 
+# A rank is killed within save, and Slurm lets the others live: they raise, the job ends, the old file is whole.
+lose_a_rank() {  # PATH VICTIM STEP GATHER_TO
+    local path=$1 victim=$2 step=$3 gather_to=$4 status=0
+    # As by default, but whatever slurm.conf says.
+    timeout --foreground 120 srun --mpi=pmi2 --kill-on-bad-exit=0 --nodes=2 --ntasks-per-node=2 \
+        "$PYTHON" -m mpi4py tests/slurm/lost_rank.py lose "$path" "$victim" "$step" "$gather_to" \
+        >"$path.out" 2>&1 || status=$?
+    tail --lines=30 "$path.out"
+    # The rank is killed, and whoever raises first ends the others.
+    [[ $status != 0 && $status != 124 ]] || { echo "srun ended with status $status"; return 1; }
+    timeout 60 "$PYTHON" tests/slurm/lost_rank.py look "$path" "$victim"
+}
+
+save_again() {  # PATH GATHER_TO
+    timeout --foreground 60 srun --mpi=pmi2 --nodes=2 --ntasks-per-node=2 \
+        "$PYTHON" -m mpi4py tests/slurm/lost_rank.py again "$1" "$2" &&
+        timeout 60 "$PYTHON" tests/slurm/lost_rank.py look_again "$1"
+}
+
 check "the lab starts" timeout 300 tests/slurm/lab.sh start "$lab"
 if ((failed == 0)); then
     # shellcheck source=/dev/null
@@ -143,6 +162,14 @@ if ((failed == 0)); then
     check "test_mpi.sbatch runs" submit test_mpi OUT="$work/test_mpi"
     check "test_mpi.sbatch: tests passed" prints test_mpi '[1-9][0-9]* passed'
     check "test_mpi.sbatch: two nodes used" used_both_nodes test_mpi
+
+    mkdir "$work/lost"
+    check "a rank is killed while all write: the others say which" \
+        lose_a_rank "$work/lost/direct.params" 3 write None
+    check "a rank is killed while all write: a later save works" save_again "$work/lost/direct.params" None
+    check "the root is killed while it gathers: the others say which" \
+        lose_a_rank "$work/lost/gathered.h5params" 0 "gather and write" 0
+    check "the root is killed while it gathers: a later save works" save_again "$work/lost/gathered.h5params" 0
 
     check "the wrong --mpi: every process refuses" refuses_without_mpi
 fi
