@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_on_all_ranks
 
 import mpisave
@@ -16,13 +17,13 @@ pytestmark = pytest.mark.mpi
 SHORT_RUNS = 64  # columns, whose runs are short: they are exchanged
 
 
-def state_of(comm, value):
+def state_of(comm, value, make=np.asarray):
     whole = np.full((8, SHORT_RUNS), float(value))
     part = SHORT_RUNS // comm.size
     start = comm.rank * part
     stop = SHORT_RUNS if comm.rank == comm.size - 1 else start + part
-    shard = mpisave.Shard(whole[:, start:stop], whole.shape, (0, start))
-    return {"columns": shard, f"own{comm.rank}": np.full(3, float(value))}
+    shard = mpisave.Shard(make(whole[:, start:stop]), whole.shape, (0, start))
+    return {"columns": shard, f"own{comm.rank}": make(np.full(3, float(value)))}
 
 
 def steps_of(comm, call):
@@ -38,20 +39,32 @@ def steps_of(comm, call):
     return comm.bcast(list(dict.fromkeys(names)))
 
 
-@pytest.mark.parametrize("gather_to", [None, 0])
-@pytest.mark.parametrize("action", ["fail", "full_disk"])
+@pytest.mark.parametrize(
+    ("gather_to", "action", "make"),
+    [
+        (None, "fail", np.asarray),
+        (None, "full_disk", np.asarray),
+        (0, "fail", np.asarray),
+        (0, "full_disk", np.asarray),
+        (0, "fail", FakeDeviceArray),
+    ],
+)
 def test_fault_at_each_step_of_a_save_is_raised_on_every_rank(
-    comm, shared_dir, gather_to, action
+    comm, shared_dir, monkeypatch, gather_to, action, make
 ):
+    if make is FakeDeviceArray:
+        put_in_place(monkeypatch)
     path = shared_dir / "x.params"
     options = {"gather_to": gather_to, "state_type": "params", "timeout": 20}
 
     def save(value):
-        state = state_of(comm, value)
+        state = state_of(comm, value, make)
         mpisave.save(state, path, comm=comm, **options)
 
     save(1)
-    for step in steps_of(comm, lambda: save(1)):
+    steps = steps_of(comm, lambda: save(1))
+    assert ("choose the transport" in steps) == (make is FakeDeviceArray)
+    for step in steps:
         for rank in range(comm.size):
             made = {
                 "fail": testing.fail(OSError(errno.EIO, "injected")),
