@@ -96,8 +96,9 @@ fuzz: .venv-fuzz/ready
 	    -max_len=4096 .fuzz/unpickle-found .fuzz/unpickle
 
 # Gigabytes and minutes: memory of the root, 5 GiB states, arrays beyond 2 GiB.
+# On a machine that is busy, one of them takes longer than a quick test ever may.
 test-slow: $(READY)
-	$(PYTEST) -m slow tests/unit
+	$(PYTEST) -o faulthandler_timeout=1500 -m slow tests/unit
 	$(PYTEST) --mpi-sizes 2,4 --mpi-timeout 900 -m slow tests/mpi
 
 test-gpu: $(READY)
