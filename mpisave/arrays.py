@@ -141,8 +141,11 @@ class HeldArray:
             return
         # What does not lie together is packed by the device first.
         copies = 2 if self.library is None or self.is_contiguous else 3
-        length = max(1, min(nbytes, stop - start, scratch_nbytes // copies))
-        turns = itertools.cycle([host_memory(length, self.library) for _ in range(2)])
+        most = max(1, min(nbytes, scratch_nbytes // copies))
+        length = min(most, stop - start)
+        turns = itertools.cycle(
+            [host_memory(length, self.library, most) for _ in range(2)]
+        )
 
         def begin(at: int) -> tuple[Bytes, Callable[[], None]]:
             out = next(turns)[: stop - at]

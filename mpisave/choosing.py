@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ _RANKING = {False: 0, None: 1, True: 2}
 # one host by CUDA's interprocess memory. The root receives no more than the last.
 _PROOF_NBYTES = (4096, 2**18)
 _PROOF_MOST_NBYTES = 2**26
+# Ranks that gather, of as many: of thousands the first tell.
+_PROOF_ROOTS = 16
 
 _ELSE = (
     "'python -m mpisave.bench env' shows what is there; transport='host' goes on "
@@ -67,12 +70,15 @@ class DeviceMemory:
     copy : callable
         Takes source and target, each such memory or an array of bytes of the host; has
         copied when it returns.
+    current : callable
+        Returns a context in which this device is the current one.
     ordinal : int or None
         Which device, as CUDA counts. None: the one that this thread uses.
     """
 
     buffer: Callable[[int], Any]
     copy: Callable[[Any, Any], None]
+    current: Callable[[], AbstractContextManager[Any]] = nullcontext
     ordinal: int | None = None
 
 
@@ -89,12 +95,13 @@ def choose(
     wanted: str,
     memory: DeviceMemory | None,
     *,
+    roots: Sequence[int] = (0,),
     timeout_s: float | None = None,
 ) -> Choice:
     """Choose whether MPI is given device memory. Collective.
 
-    Asked and tried once for each communicator and `wanted`; again when ranks hold
-    device arrays that held none then.
+    Asked and tried once for each communicator, `wanted` and roots; again when ranks
+    hold device arrays that held none then.
 
     Parameters
     ----------
@@ -104,6 +111,8 @@ def choose(
         The same on all ranks.
     memory : DeviceMemory or None
         None on a rank that holds no device arrays.
+    roots : sequence of int
+        Ranks that gather: the same on all.
     timeout_s : float or None
         How long a rank waits for others; a trial takes half of it at most.
 
@@ -120,11 +129,11 @@ def choose(
     holders = frozenset(rank for rank, (_, holds) in enumerate(where) if holds)
     if not holders:
         return Choice("host", "no rank holds device arrays")
-    key = f"{STEP}: {wanted}"
+    key = f"{STEP}: {wanted}, {sorted(roots)}"
     tried, choice = own.kept.get(key, (frozenset(), None))
     if choice is None or not holders <= tried:
         hosts = [host for host, _ in where]
-        choice = _Search(own, wanted, memory, hosts, holders).choice(timeout_s)
+        choice = _Search(own, wanted, memory, hosts, holders, roots).choice(timeout_s)
         own.kept[key] = holders, choice
         if own.rank == 0:
             _log.info(
@@ -145,8 +154,10 @@ class _Search:
         memory: DeviceMemory | None,
         hosts: Sequence[str],
         holders: frozenset[int],
+        roots: Sequence[int],
     ) -> None:
         self._own = own
+        self._roots = roots
         self._wanted = wanted
         self._memory = memory
         self._hosts = hosts
@@ -215,7 +226,8 @@ class _Search:
         """Gather a little as payload is gathered; return what is wrong, by rank."""
         most = _PROOF_MOST_NBYTES // self._own.size
         gathers = [
-            _Gathered(self._own, self._memory, min(nbytes, most))
+            _Gathered(self._own, self._memory, min(nbytes, most), root)
+            for root in list(self._roots)[:_PROOF_ROOTS]
             for nbytes in _PROOF_NBYTES
         ]
         ready = exchange(self._own, STEP, lambda: _text_of(gathers, _Gathered.prepare))
@@ -223,8 +235,10 @@ class _Search:
             return {rank: f"no device memory: {t}" for rank, t in enumerate(ready) if t}
 
         def move() -> None:
-            for gathered in gathers:
-                gathered.move()
+            memory = self._memory
+            with nullcontext() if memory is None else memory.current():
+                for gathered in gathers:
+                    gathered.move()
 
         try:
             together(self._own, STEP, move)
@@ -256,13 +270,15 @@ def _text_of(gathers: Sequence[_Gathered], action: Callable[[_Gathered], str]) -
 
 
 class _Gathered:
-    """Known bytes of all ranks, gathered to rank 0 from devices to its device.
+    """Known bytes of all ranks, gathered to a root from devices to its device.
 
     A rank that holds no device arrays sends and receives memory of the host.
     """
 
-    def __init__(self, own: Comm, memory: DeviceMemory | None, nbytes: int) -> None:
-        self._own = own
+    def __init__(
+        self, own: Comm, memory: DeviceMemory | None, nbytes: int, root: int
+    ) -> None:
+        self._own, self._root = own, root
         self._memory = memory
         # Not the same number of each, so that displacements count.
         counts = np.maximum(nbytes - np.arange(own.size), 1)
@@ -276,10 +292,11 @@ class _Gathered:
 
     def prepare(self) -> str:
         """Fill what MPI is given."""
-        data = self._bytes_of(self._own.rank)
-        if self._own.rank == 0:
-            rest = np.zeros(sum(self._counts[1:]), np.uint8)
-            data = np.concatenate([data, rest])
+        rank, data = self._own.rank, self._bytes_of(self._own.rank)
+        if rank == self._root:
+            at, own = self._displs[rank], data
+            data = np.zeros(sum(self._counts), np.uint8)
+            data[at : at + own.size] = own
         self._given = data
         if self._memory is not None:
             self._given = self._memory.buffer(data.size)
@@ -291,17 +308,17 @@ class _Gathered:
         from mpi4py import MPI
 
         own = self._own
-        if own.rank == 0:
+        if own.rank == self._root:
             into = [self._given, self._counts, self._displs, MPI.BYTE]
-            request = own.raw.Igatherv(MPI.IN_PLACE, into, root=0)
+            request = own.raw.Igatherv(MPI.IN_PLACE, into, root=self._root)
         else:
             sent = [self._given, self._counts[own.rank], MPI.BYTE]
-            request = own.raw.Igatherv(sent, None, root=0)
+            request = own.raw.Igatherv(sent, None, root=self._root)
         own.wait(request)
 
     def check(self) -> str:
         """Compare what has arrived; return what is wrong."""
-        if self._own.rank != 0:
+        if self._own.rank != self._root:
             return ""
         found = self._given
         if self._memory is not None:

@@ -41,6 +41,10 @@ class DeviceLibrary(Protocol):
         """Return the number of the device of an array, as CUDA counts."""
         ...
 
+    def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        """Return what makes the device of `array` the current one meanwhile."""
+        ...
+
     def use(self, array: Any) -> None:
         """Make the device of `array` the current one of this thread, which is new.
 
@@ -149,6 +153,9 @@ class _CuPy:
         number: int = array.device.id
         return number
 
+    def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
+        return self._device(array.device.id)
+
     def use(self, array: Any) -> None:
         self._runtime.setDevice(array.device.id)
 
@@ -162,7 +169,10 @@ class _CuPy:
             raise TypeError("devices have no swapped byte order")
         number = device.device.id if hasattr(device, "device") else device
         with self._device(number):
-            return self._cupy.empty(shape, dtype)
+            try:
+                return self._cupy.empty(shape, dtype)
+            except ValueError as exc:  # what CuPy says to a dtype that it has not
+                raise TypeError(str(exc)) from exc
 
     def pinned(self, nbytes: int) -> Bytes:
         # For all devices. Of CuPy's pool: it is used again, since pinning is slow.
@@ -178,8 +188,8 @@ class _CuPy:
 
     def copy(self, source: Any, target: Any) -> None:
         on_device = source if isinstance(source, self._cupy.ndarray) else target
-        self._queue(_address(target), _address(source), target.size, on_device)
         self._queues.kept += (source, target)
+        self._queue(_address(target), _address(source), target.size, on_device)
 
     def view(self, array: Any, start: int, stop: int) -> Any | None:
         kind = self._runtime.pointerGetAttributes(array.data.ptr).type
@@ -188,26 +198,26 @@ class _CuPy:
         return array.reshape(-1).view(self._cupy.uint8)[start:stop]
 
     def read(self, array: Any, start: int, target: Any) -> None:
-        self._queue(_address(target), array.data.ptr + start, target.size, array)
         self._queues.kept.append(target)
+        self._queue(_address(target), array.data.ptr + start, target.size, array)
 
     def write(self, array: Any, start: int, source: Bytes) -> None:
-        self._queue(array.data.ptr + start, _address(source), source.size, array)
         self._queues.kept.append(source)
+        self._queue(array.data.ptr + start, _address(source), source.size, array)
 
     def read_box(self, array: Any, skip: int, target: Any) -> None:
         with self._stream(array):
             # Of the pool of this stream: it is not given away before the copy is done.
             packed = self._cupy.ascontiguousarray(array)
+            self._queues.kept.append(target)
             self._queue(_address(target), packed.data.ptr + skip, target.size, array)
-        self._queues.kept.append(target)
 
     def write_box(self, array: Any, source: Bytes) -> None:
         with self._stream(array):
             packed = self._cupy.empty(array.shape, array.dtype)
+            self._queues.kept.append(source)
             self._queue(packed.data.ptr, _address(source), source.size, array)
             array[...] = packed
-        self._queues.kept.append(source)
 
     def fence(self) -> Callable[[], None]:
         queues = self._queues
@@ -290,11 +300,35 @@ def device_library() -> DeviceLibrary:
     return _cupy()
 
 
-def host_memory(nbytes: int, library: DeviceLibrary | None) -> Bytes:
-    """Return memory for bytes that a device copies, or that none does."""
-    return np.empty(nbytes, np.uint8) if library is None else library.pinned(nbytes)
+def host_memory(
+    nbytes: int, library: DeviceLibrary | None, most: int | None = None
+) -> Bytes:
+    """Return memory for bytes that a device copies, or that none does.
+
+    Parameters
+    ----------
+    nbytes : int
+        How many.
+    library : DeviceLibrary or None
+        Of the device.
+    most : int, optional
+        How many they may be, where that varies: pinned memory that was let go is used
+        again by whoever wants as much, and never given back to the system.
+    """
+    if library is None:
+        return np.empty(nbytes, np.uint8)
+    return library.pinned(max(nbytes, most or 0))[:nbytes]
 
 
 def fence(library: DeviceLibrary | None) -> Callable[[], None]:
     """Return what waits for the copies that this thread has queued so far."""
     return _nothing if library is None else library.fence()
+
+
+@contextlib.contextmanager
+def fenced(library: DeviceLibrary | None) -> Iterator[None]:
+    """Wait for the copies that are queued within, also where an error is raised."""
+    try:
+        yield
+    finally:
+        fence(library)()

@@ -194,18 +194,22 @@ class _Options:
     def place(self) -> Place | None:
         """Return where new arrays are made; None: where those of `like` are."""
         device = self.device
-        if device is None or device == "cpu":
-            return None if device is None else HOST
-        found = isinstance(device, str) and re.fullmatch(r"cuda(:[0-9]{1,4})?", device)
+        if device is None:
+            return None
+        found = isinstance(device, str) and re.fullmatch(
+            r"cpu|cuda(:[0-9]{1,4})?", device
+        )
         if not found:
             raise ArgumentError(
                 f"device is {device!r}: it is 'cpu', 'cuda', 'cuda:1', or None"
             )
-        if self.mmap or self.into == "inplace":
+        if self.into == "inplace" or (self.mmap and device != "cpu"):
             what = "mmap=True maps" if self.mmap else "into='inplace' fills"
             raise ArgumentError(
                 f"device is {device!r}, where new arrays are made: {what} others"
             )
+        if device == "cpu":
+            return HOST
         number = found[1]
         return Place(device_library(), None if number is None else int(number[1:]))
 
@@ -271,7 +275,9 @@ class _Load(Steps):
         name = None
         if isinstance(self.path, (str, os.PathLike)):
             name = os.fsdecode(os.fspath(self.path))
-        return (*self.options.check(), ("path", name)), where_this_runs()
+        # Ranks with `like` and ranks without take different steps.
+        given = (("path", name), ("like given", like is not None))
+        return (*self.options.check(), *given), where_this_runs()
 
     def _open_same(
         self, opened: contextlib.ExitStack
@@ -328,8 +334,8 @@ class _Load(Steps):
     def _foreign(self, source: Source, like: Any) -> Any:
         options = self.options
         with naming_file(source.name):
-            asks = (like, options.keys, options.device)
-            if any(asked is not None for asked in asks) or options.mmap:
+            is_plain = like is None and options.keys is None and not options.mmap
+            if not is_plain or options.place() not in (None, HOST):
                 raise FileFormatError(
                     "like=, keys=, device= and mmap= need a file of mpisave: this "
                     "pickle has no index. Load it whole."

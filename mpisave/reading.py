@@ -101,9 +101,10 @@ class _Copies:
 
     def finish(self) -> None:
         """Wait for those of all threads."""
-        for waits in self._every:
-            for wait in waits:
-                wait()
+        with contextlib.ExitStack() as every:  # where one fails, for the others too
+            for waits in self._every:
+                for wait in waits:
+                    every.callback(wait)
 
 
 def _jobs(
@@ -155,7 +156,7 @@ class _Together:
         first = self._wants[0].stored.extent.offset
         stop = self._wants[-1].stored.extent.stop
         library = library_of(want.held for want in self._wants)
-        data = host_memory(stop - first, library)
+        data = host_memory(stop - first, library, _TOGETHER_NBYTES)
         done = self._source.read_into(first, data.data)
         try:
             for want in self._wants:
@@ -248,17 +249,21 @@ class _Window:
         box, first, stop = self._box, self._first, self._stop
         held, at = box.held, box.inside(first, stop)
         there = None if at is None else held.view(at, at + stop - first)
-        data = host_memory(stop - first, held.library) if there is None else there
+        data = there
+        if data is None:
+            data = host_memory(stop - first, held.library, _WINDOW_NBYTES)
         read_exactly(box.source, box.stored, first, data)
         if box.verify:
             check_blocks(box.stored, data.data, first // BLOCK_NBYTES)
         if there is not None:
             return
-        if at is not None:
-            held.fill(at, data)
-        else:
-            self._copy(data)
-        self._copies.begun(held.library)
+        try:
+            if at is not None:
+                held.fill(at, data)
+            else:
+                self._copy(data)
+        finally:
+            self._copies.begun(held.library)
 
     def _copy(self, data: npt.NDArray[np.uint8]) -> None:
         """Copy what of the box is in a window to its place."""

@@ -16,7 +16,7 @@ import numpy as np
 from mpisave.arrays import library_of
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks, together
-from mpisave.devices import fence, host_memory
+from mpisave.devices import fenced, host_memory
 from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
 from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
@@ -281,11 +281,11 @@ class _Regrouping:
         self, incoming: Sequence[tuple[int, Move]], received: Any, got: Any
     ) -> None:
         at = displacements(got).tolist()
-        for sender, move in incoming:
-            want = self._wants[move.ordinal]
-            n = math.prod(move.count) * want.held.dtype.itemsize
-            part = received[at[sender] : at[sender] + n].view(want.held.dtype)
-            at[sender] += n
-            where = slices(move.start, move.count, move.origin)
-            want.held.fill_box(where, part.reshape(move.count))
-        fence(self._library)()
+        with fenced(self._library):
+            for sender, move in incoming:
+                want = self._wants[move.ordinal]
+                n = math.prod(move.count) * want.held.dtype.itemsize
+                part = received[at[sender] : at[sender] + n].view(want.held.dtype)
+                at[sender] += n
+                where = slices(move.start, move.count, move.origin)
+                want.held.fill_box(where, part.reshape(move.count))

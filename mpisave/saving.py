@@ -268,6 +268,7 @@ class _Call:
             self.own,
             self.args.transport,
             memory_of(self.held),
+            roots=self.roots or (0,),
             timeout_s=self.args.timeout_s,
         )
         self.by_device = choice.transport == "device"

@@ -1,6 +1,7 @@
 """A device without a device: arrays that the host cannot touch but by the border."""
 
 import collections
+import contextlib
 import threading
 import weakref
 
@@ -88,6 +89,10 @@ class FakeDeviceLibrary:
 
     def ordinal(self, array):
         return 0
+
+    def current(self, array):
+        assert isinstance(array, FakeAdopted)
+        return contextlib.nullcontext()
 
     def use(self, array):
         assert isinstance(array, FakeAdopted)

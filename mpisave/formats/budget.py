@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Bytes of memory, and as many more for each byte of the file. By this count, what
-# pickle.dump writes takes up to 62 a byte (frozensets of an int); of empty sets, 132.
-MEMORY, MEMORY_A_BYTE = 2**26, 64
+# pickle.dump writes takes up to 85 a byte (tuples of None), and of empty sets 136;
+# without a memo (pickletools.optimize), dicts that are empty take 96.
+MEMORY, MEMORY_A_BYTE = 2**26, 96
 # What is beside an object: a place on the stack, in the memo, or in what is cut off the
 # stack, and what malloc adds; a place in a dict, with its key; the objects of an array.
 SLOT, RECORD, ARRAY = 24, 128, 400

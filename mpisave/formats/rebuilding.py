@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _SCALAR_KEYS = (str, int, float, bool, bytes, type(None))
 _NUMBER_KEYS = (int, float)
 _COMPARED_NBYTES = 32  # in about the time of a step
+# Tables have more places than keys: of numbers below so many times their number, no
+# more than so many begin to look for a place at the same one.
+_CROWD = 16
 _MOST_DIMENSIONS = 64  # NumPy 2's limit; NumPy 1 refuses more than 32 itself
 _PLAIN_CODE = re.compile(r"[biufc][0-9]{1,2}")
 # Dtypes that pickles name by their class, as ml_dtypes pickles them. int4 and the like
@@ -100,13 +103,16 @@ def hard_to_hash(keys: list[Any], held: int, last: Any) -> int:
 
     Texts and bytes are hashed with a secret, but compared with those that are equal.
     Hashes of numbers can be made to meet, unless each is the one after the `last`, as
-    in lists that became dicts.
+    in lists that became dicts, or they are so small that few of them share a place, as
+    those of tokens.
     """
     steps = 0
     for number, key in enumerate(keys):
         kind = type(key)
         if kind is str or kind is bytes:
             steps += len(key) // _COMPARED_NBYTES
+        elif kind is int and 0 <= key < _CROWD * (held + number):
+            steps += _CROWD
         elif kind in _NUMBER_KEYS and not (
             kind is int and type(last) is int and key == last + 1
         ):

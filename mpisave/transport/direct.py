@@ -14,7 +14,7 @@ import numpy as np
 
 from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, BlockSums
-from mpisave.devices import fence, host_memory
+from mpisave.devices import fenced, host_memory
 from mpisave.errors import naming
 from mpisave.threads import in_threads
 
@@ -133,11 +133,11 @@ class Direct:
             head = len(self._between[first] or b"")
             offset = stream.offsets[first] - head
             end = stream.offsets[stop - 1] + stream.nbytes[stop - 1]
-            packed = host_memory(end - offset, self._library)
+            packed = host_memory(end - offset, self._library, self._packed_nbytes)
             memory = packed.data
             at = 0
             places = []
-            try:
+            with fenced(self._library):
                 for item in range(first, stop):
                     literal = self._between[item]
                     if literal:
@@ -149,8 +149,6 @@ class Direct:
                         array.stage(start, packed[at : at + nbytes])
                     places.append(at)
                     at += nbytes
-            finally:  # what was queued before an error, too
-                fence(self._library)()
             for item, at in zip(range(first, stop), places, strict=True):
                 data = memory[at : at + stream.nbytes[item]]
                 sums.add(item, stream.within[item], data)

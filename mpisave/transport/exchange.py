@@ -10,7 +10,7 @@ import numpy as np
 
 from mpisave.arrays import library_of
 from mpisave.checksum import BlockSums
-from mpisave.devices import fence, host_memory
+from mpisave.devices import fenced, host_memory
 from mpisave.errors import naming
 from mpisave.plan import displacements
 from mpisave.shards import slices
@@ -170,14 +170,14 @@ class Exchange:
     def _pack(self, outgoing: list[tuple[int, Chunk, Move]], packed: Any) -> None:
         outgoing.sort(key=lambda item: item[0])
         at = 0
-        for _, chunk, move in outgoing:
-            nbytes = math.prod(move.count) * self._woven[chunk.array].itemsize
-            array = self._held[move.ordinal]
-            with naming(array.name):
-                where = slices(move.start, move.count, move.origin)
-                array.stage_box(where, packed[at : at + nbytes])
-            at += nbytes
-        fence(self._library)()
+        with fenced(self._library):
+            for _, chunk, move in outgoing:
+                nbytes = math.prod(move.count) * self._woven[chunk.array].itemsize
+                array = self._held[move.ordinal]
+                with naming(array.name):
+                    where = slices(move.start, move.count, move.origin)
+                    array.stage_box(where, packed[at : at + nbytes])
+                at += nbytes
 
     def _put_together(
         self, chunk: Chunk, incoming: list[Move], received: Any, got: Any

@@ -70,7 +70,9 @@ class Gather:
         self._comm = comm
         self._routes = routes
         self._ends: list[Sender | Root] = []
-        memory = Memory(held, by_device=by_device)
+        sent = [int(r.totals[comm.rank]) for r in routes if r.incoming is None]
+        largest = min(max(sent, default=0), sizes.round_nbytes)
+        memory = self._memory = Memory(held, largest, by_device=by_device)
         try:
             for route in routes:
                 incoming = route.incoming
@@ -106,7 +108,8 @@ class Gather:
         for end in self._ends:
             end.start()
         try:
-            self._all_rounds(moved)
+            with self._memory.current():
+                self._all_rounds(moved)
         finally:
             self.close()
         for route, end in zip(self._routes, self._ends, strict=True):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mpisave.arrays import library_of
 from mpisave.choosing import DeviceMemory
@@ -17,13 +16,26 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """Where a rank puts what it sends and receives."""
+    """Where a rank puts what it sends and receives.
 
-    def __init__(self, held: Sequence[HeldArray], *, by_device: bool) -> None:
+    Parameters
+    ----------
+    held : sequence of HeldArray
+        The arrays of this rank.
+    largest : int
+        Bytes that this rank sends to one root in a round, at most.
+    by_device : bool
+        Whether MPI is given memory of devices.
+    """
+
+    def __init__(
+        self, held: Sequence[HeldArray], largest: int, *, by_device: bool
+    ) -> None:
         self.library = library_of(held)
         self.by_device = by_device
         self._like = next((a.source for a in held if a.library is not None), None)
-        self._packed: Bytes = np.zeros(0, np.uint8)
+        self._largest = largest
+        self._shared: Bytes | None = None
 
     @property
     def is_device(self) -> bool:
@@ -44,9 +56,22 @@ class Memory:
         """Return what a sender fills: from a device, while another one travels."""
         if self.library is not None:
             return [self.for_mpi(nbytes) for _ in range(2)]
-        if self._packed.size < nbytes:
-            self._packed = self.host(nbytes)
-        return [self._packed]  # for one root after the other
+        if self._shared is None:  # for one root after the other
+            self._shared = self.host(self._largest)
+        return [self._shared]
+
+    def is_near(self, array: HeldArray) -> bool:
+        """Return whether an array lies on the device that MPI was tried with."""
+        library = array.library
+        return library is not None and (
+            library.ordinal(array.source) == library.ordinal(self._like)
+        )
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what makes that device the current one: some MPI goes by it."""
+        if self.library is None or not self.by_device:
+            return contextlib.nullcontext()
+        return self.library.current(self._like)
 
 
 def memory_of(held: Sequence[HeldArray]) -> DeviceMemory | None:
@@ -61,5 +86,8 @@ def memory_of(held: Sequence[HeldArray]) -> DeviceMemory | None:
         library.fence()()
 
     return DeviceMemory(
-        lambda nbytes: library.buffer(nbytes, like), copy, library.ordinal(like)
+        lambda nbytes: library.buffer(nbytes, like),
+        copy,
+        lambda: library.current(like),
+        library.ordinal(like),
     )

@@ -36,6 +36,7 @@ class Sender:
         self._stream = route.stream
         self._arrays = route.stream.arrays(held)
         self._cursor = Cursor(route.stream.nbytes)
+        self._memory = memory
         self._library, self._is_device = memory.library, memory.is_device
         self._has_sums = not memory.by_device  # else the root computes them
         largest = min(int(route.totals[comm.rank]), sizes.round_nbytes)
@@ -96,8 +97,11 @@ class Sender:
         if len(window) == 1:
             item, first, part = window[0]
             array, start = self._arrays[item], self._stream.starts[item] + first
-            find = array.buffer if self._is_device else array.view
-            there = find(start, start + part)
+            there = None
+            if not self._is_device:
+                there = array.view(start, start + part)
+            elif self._memory.is_near(array):
+                there = array.buffer(start, start + part)
             if there is not None:
                 return _Packed(window, there, fence(None))
         done = 0

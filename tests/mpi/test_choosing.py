@@ -76,7 +76,7 @@ class Ranks:
     def choose(self, wanted="auto", timeout_s=None):
         memory = None
         if self.comm.rank in self.holders:
-            memory = DeviceMemory(self.memory.buffer, self.memory.copy, 5)
+            memory = DeviceMemory(self.memory.buffer, self.memory.copy, ordinal=5)
         with private_comm(self.comm, "save", 30) as own:
             return choose(own, wanted, memory, timeout_s=timeout_s)
 
@@ -236,7 +236,7 @@ def test_another_communicator_is_asked_for_itself(ranks):
     other = ranks.comm.Dup()
 
     with private_comm(other, "save", 30) as own:
-        memory = DeviceMemory(ranks.memory.buffer, ranks.memory.copy, 5)
+        memory = DeviceMemory(ranks.memory.buffer, ranks.memory.copy, ordinal=5)
         choose(own, "auto", memory)
 
     other.Free()

@@ -1249,3 +1249,12 @@ def test_file_that_is_replaced_again_and_again_is_refused_on_all_ranks(
         lambda: mpisave.load(path, comm=comm),
         "replaced too often",
     )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_like_on_some_ranks_only_is_refused_on_all(comm, shared_dir):
+    mpisave.save({"x": np.arange(6.0)}, shared_dir / "x", comm=comm)
+    like = {"x": np.zeros(6)} if comm.rank == 0 else None
+
+    with pytest.raises(mpisave.ArgumentError, match="like given differs between ranks"):
+        mpisave.load(shared_dir / "x", comm=comm, like=like, timeout=20)

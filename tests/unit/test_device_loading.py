@@ -1,6 +1,7 @@
 """Arrays that are loaded to a device, with a stand-in for the device."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -178,3 +179,24 @@ def test_device_is_refused_where_no_array_is_made(library, how):
 def test_device_without_its_library_says_what_to_install(file):
     with pytest.raises(ImportError, match=r"pip install 'mpisave\[cuda12\]'"):
         mpisave.load(file, device="cuda")
+
+
+def test_device_cpu_loads_pickles_of_others_and_is_refused_in_place(library):
+    file = io.BytesIO(pickle.dumps({"x": np.arange(3)}))
+
+    assert mpisave.load(file, device="cpu")["x"].tolist() == [0, 1, 2]
+    with pytest.raises(FileFormatError, match="device="):
+        mpisave.load(file, device="cuda")
+    with pytest.raises(ArgumentError, match="where new arrays are made"):
+        mpisave.load(file, like={"x": np.zeros(3)}, into="inplace", device="cpu")
+
+
+def test_pinned_memory_is_asked_for_in_few_sizes(library):
+    rng = np.random.default_rng(3)
+    state = {f"a{n}": rng.random(int(rng.integers(1, 9000))) for n in range(400)}
+    state |= {f"b{n}": rng.random(int(rng.integers(9000, 10**6))) for n in range(8)}
+    file = io.BytesIO()
+    mpisave.save({key: FakeDeviceArray(value) for key, value in state.items()}, file)
+    mpisave.load(file, device="cuda")
+
+    assert len(set(library.pinned_nbytes)) <= 5
