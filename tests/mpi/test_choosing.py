@@ -73,12 +73,12 @@ class Ranks:
         self.limits.append(limit_s)
         return self.trials[self.comm.rank]
 
-    def choose(self, wanted="auto", timeout_s=None):
+    def choose(self, wanted="auto", timeout_s=None, roots=(0,)):
         memory = None
         if self.comm.rank in self.holders:
             memory = DeviceMemory(self.memory.buffer, self.memory.copy, ordinal=5)
         with private_comm(self.comm, "save", 30) as own:
-            return choose(own, wanted, memory, timeout_s=timeout_s)
+            return choose(own, wanted, memory, roots=roots, timeout_s=timeout_s)
 
     def every(self, value):
         return self.comm.allgather(value)
@@ -115,6 +115,22 @@ def test_states_without_device_arrays_ask_nothing(ranks, wanted):
 
     assert_chosen(ranks, choice, "host", "no rank holds device arrays")
     assert_on_all_ranks(ranks.comm, ranks.asked == ranks.tried == 0, "not asked")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_each_rank_that_gathers_proves_what_it_receives(ranks, monkeypatch):
+    last = ranks.comm.size - 1
+    check = choosing._Gathered.check
+
+    def wrong_at_last(gathered):
+        found = check(gathered)
+        return "1 wrong" if ranks.comm.rank == gathered._root == last else found
+
+    monkeypatch.setattr(choosing._Gathered, "check", wrong_at_last)
+
+    assert_chosen(ranks, ranks.choose(roots=(0,)), "device")
+    choice = ranks.choose(roots=(0, last))
+    assert_chosen(ranks, choice, "host", f"rank {last}")
 
 
 @pytest.mark.mpi(min_size=2)
