@@ -165,7 +165,7 @@ def trust_mpi(monkeypatch):
     Memory of the stand-in is of the host, and MPI may be given it.
     """
 
-    def choose(own, wanted, memory, *, timeout_s=None):
+    def choose(own, wanted, memory, **how):
         return Choice(wanted, "as this test has it")
 
     monkeypatch.setattr("mpisave.saving.choose", choose)

@@ -70,7 +70,7 @@ def test_gathering_by_device_is_left_out_where_it_is_refused(
 def test_gathering_by_device_is_measured_where_mpi_takes_it(comm, measure, monkeypatch):
     chosen = []
 
-    def choose(own, wanted, memory, *, timeout_s):
+    def choose(own, wanted, memory, **how):
         chosen.append(wanted)
         return argparse.Namespace(transport=wanted, how="as the test says")
 
