@@ -18,7 +18,7 @@ export OMPI_MCA_btl = self,sm
 export OMPI_MCA_osc = ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
-	test-readers test-faults coverage fuzz \
+	test-readers test-faults coverage coverage-report fuzz \
 	bench env clean
 
 env: $(VENV)/ready
@@ -45,16 +45,18 @@ demo: $(READY)
 test: unit mpi
 
 unit: $(READY)
-	$(PYTEST) -m "not slow and not gpu" tests/unit
+	$(BIN)/python $(if $(MPISAVE_COVERAGE),-m coverage run) -m pytest -m "not slow and not gpu" tests/unit
 
 mpi: $(READY)
 	$(PYTEST) -q --mpi-sizes $(SIZES) -m "not slow and not gpu" tests/mpi
 
-# How much of the code the tests have run, unit and MPI together.
+# The same, and how much of the code they have run.
 coverage: $(READY)
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q -m "not slow and not gpu" tests/unit
-	MPISAVE_COVERAGE=1 $(PYTEST) -q --mpi-sizes 1,4 -m "not slow and not gpu" tests/mpi
+	MPISAVE_COVERAGE=1 $(MAKE) test
+	$(MAKE) coverage-report
+
+coverage-report: $(READY)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
