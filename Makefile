@@ -44,8 +44,10 @@ demo: $(READY)
 
 test: unit mpi
 
+# Not in the environment of the tests: they run pytest themselves.
 unit: $(READY)
-	$(BIN)/python $(if $(MPISAVE_COVERAGE),-m coverage run) -m pytest -m "not slow and not gpu" tests/unit
+	env -u MPISAVE_COVERAGE $(BIN)/python $(if $(MPISAVE_COVERAGE),-m coverage run) \
+	    -m pytest -m "not slow and not gpu" tests/unit
 
 mpi: $(READY)
 	$(PYTEST) -q --mpi-sizes $(SIZES) -m "not slow and not gpu" tests/mpi
