@@ -109,9 +109,7 @@ class _Queues(threading.local):
     def __init__(self) -> None:
         self.streams: dict[int, Any] = {}
         self.dirty: set[int] = set()
-        self.kept: list[
-            Any
-        ] = []  # what the copies behind the last fence are from and to
+        self.kept: list[Any] = []  # what these copies are from and to
 
 
 class _CuPy:

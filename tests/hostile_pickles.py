@@ -288,10 +288,12 @@ def of_reuse():
         yield f"{count} big ints of one hash", whole(b"}(" + same + b"u")
     met = b"".join(number(n << 40) + b"N" for n in range(60_000))
     yield "ints that meet", whole(b"}(" + met + b"u")
-    swapped = list(range(120_000))
-    random.Random(1).shuffle(swapped)
-    apart = (number(1000 * n) for n in swapped)
+    apart = (number(1000 * n) for n in out_of_order(120_000))
     yield "ints far apart without order", whole(b"\x8f(" + b"".join(apart) + b"\x90")
+
+
+def out_of_order(count):
+    return random.Random(1).sample(range(count), count)
 
 
 def of_memory():
@@ -302,6 +304,8 @@ def of_memory():
 def may_load():
     many = b"(" + b"N" * 200_000 + b"tq\x070"
     yield "long tuple over and over", whole(many + b"](" + b"h\x07" * 200_000 + b"e")
+    tokens = map(number, out_of_order(120_000))
+    yield "ints without order", whole(b"\x8f(" + b"".join(tokens) + b"\x90")
     yield "deep tuple", whole(b"]" + DEEP + b"a")
     yield "deep list", whole(b"]" * 10**5 + b"a" * (10**5 - 1))
     yield "deep dict", whole(b"}" * 10**5 + b"")
