@@ -176,7 +176,7 @@ class PrivateComm:
 
     def enter(self, step: str) -> None:
         """Say what this rank is doing, for those who wait for it in vain."""
-        self.watch.step = step
+        self.watch.enter(step)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -384,20 +384,20 @@ def private_comm(
     if own is None:
         own = _duplicate(comm, call, timeout_s)
         comm.Set_attr(keyval, own)
-    own.watch.begin(call, timeout_s)
-    yield own
+    with own.watch.calling(call, timeout_s):
+        yield own
 
 
 def _duplicate(comm: Any, call: str, timeout_s: float | None) -> PrivateComm:
     # Until there is one, it is the caller's communicator on which ranks are missed.
     watch = Watch(comm)
-    watch.begin(call, timeout_s)
-    raw, request = comm.Idup()
-    watch.wait(request)
+    with watch.calling(call, timeout_s):
+        raw, request = comm.Idup()
+        watch.wait(request)
     watch = Watch(raw)
-    watch.begin(call, timeout_s)
     own = PrivateComm(raw, watch)
-    watch.hosts = own.allgather(watch.host)
+    with watch.calling(call, timeout_s):
+        watch.hosts = own.allgather(watch.host)
     return own
 
 

@@ -12,7 +12,6 @@ waits until they are sent.
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import itertools
 import logging
 import os
@@ -21,13 +20,15 @@ import signal
 import socket
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpisave.errors import CollectiveError, CollectiveTimeout, Failure
+from mpisave.watchdog import dump_stacks, watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -103,14 +104,17 @@ class Watch:
         self._call = ""
         self._timeout_s: float | None = None
         self._over: str | None = None
+        self._went_on = time.monotonic()
+        self._waits = False
 
     @property
     def is_over(self) -> bool:
         """Whether the ranks are out of step for good."""
         return self._over is not None
 
-    def begin(self, call: str, timeout_s: float | None) -> None:
-        """Note what is called, and how long it may wait.
+    @contextmanager
+    def calling(self, call: str, timeout_s: float | None) -> Iterator[None]:
+        """Give the context of a call, in which this rank waits for the others so long.
 
         Raises
         ------
@@ -125,7 +129,19 @@ class Watch:
                 step="begin",
             )
         self._call, self._timeout_s = call, timeout_s
-        self.step = "begin"
+        self.enter("begin")
+        with watchdog(self._stuck, timeout_s if self.size > 1 else None):
+            yield
+
+    def enter(self, step: str) -> None:
+        """Note what this rank is doing from now on."""
+        self.step = step
+        self._went_on = time.monotonic()
+
+    def _stuck(self) -> tuple[float, str]:
+        # A rank that waits for others sees to its deadline itself.
+        seconds = 0.0 if self._waits else time.monotonic() - self._went_on
+        return seconds, f"rank {self.rank} ({self.host}) is in {self._where()},"
 
     def wait(self, request: Any) -> None:
         """Wait for a request.
@@ -141,11 +157,15 @@ class Watch:
             for _ in range(_LOOKS):
                 if request.Test():
                     return
+            self._waits = True
             self._wait_long(request)
         except BaseException as exc:  # noqa: BLE001 - leave raises it
             # A deadline, KeyboardInterrupt, or an error of MPI.
             _ABANDONED.append(request)
             self.leave(exc)
+        finally:
+            self._waits = False
+            self._went_on = time.monotonic()
 
     def _wait_long(self, request: Any) -> None:
         began = time.monotonic()
@@ -220,8 +240,7 @@ class Watch:
                 self._send(told, ("roll", roll.reason, list(roll.present.values())))
         _end_without_waiting()
         # Of this rank only: the others are where nobody can look.
-        if sys.stderr is not None:
-            _dump_stacks(self.rank, self.host)
+        dump_stacks(f"rank {self.rank} ({self.host}) gives others up in {mine.where}.")
         raise self._error(roll)
 
     def leave(self, exc: BaseException) -> NoReturn:
@@ -319,14 +338,6 @@ def show_ranks(ranks: Iterable[int]) -> str:
     text = ", ".join("-".join(map(str, run)) for run in itertools.islice(runs, 20))
     more = ", ..." if len(runs) > 20 else ""
     return f"rank{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {text}{more}"
-
-
-def _dump_stacks(rank: int, host: str) -> None:
-    try:
-        print(f"mpisave: stacks of rank {rank} ({host}):", file=sys.stderr, flush=True)  # noqa: T201
-        faulthandler.dump_traceback(sys.stderr)
-    except (OSError, ValueError, AttributeError, RuntimeError):
-        return  # standard error is no file
 
 
 _ENDS_SOON: list[bool] = []

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -137,8 +138,26 @@ raise exc
 
     assert_timed_out(found.told, [victim], 3)
     assert f"step {step!r} of save" in found.told[0]["text"]
-    assert "mpisave: stacks of rank" in found.output
+    assert "gives others up in save" in found.output
     assert found.process.returncode != 0
+
+
+def test_rank_that_the_file_system_holds_writes_where_it_is(job):
+    found = job(
+        """
+if comm.rank == 1:
+    pwrite = os.pwrite
+    def hold_this(*arguments):
+        time.sleep(4)
+        return pwrite(*arguments)
+    os.pwrite = hold_this
+raise told(save)
+"""
+    )
+
+    assert_timed_out([t for t in found.told if t["rank"] != 1], [1], 3)
+    assert re.search(r"rank 1 \(.*\) is in save, step 'write', for 2", found.output)
+    assert "in hold_this" in found.output
 
 
 def test_rank_that_is_stopped_while_payload_travels_is_named(job):
