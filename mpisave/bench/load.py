@@ -45,7 +45,9 @@ def write(comm: Any, args: argparse.Namespace, folder: Path) -> None:
     saver = Saver(comm, whole, keys, folder / "files")
     others = _peers(comm, saver.arrays, args, folder / "meeting-to-write")
     # Flushed, or the disk would still write while the ranks read.
-    sides = choose(sides_of(saver, others, durable=True), args.sides)
+    # Sides of other names load what mpisave has saved.
+    wanted = args.sides and [*args.sides, "mpisave"]
+    sides = choose(sides_of(saver, others, durable=True), wanted)
     for side in sides:
         comm.Barrier()
         side.run()

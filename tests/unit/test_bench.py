@@ -136,6 +136,14 @@ def test_load_compares_what_lands_in_place_with_the_ready_bound(tmp_path, writer
     assert "page cache" in printed
 
 
+def test_load_of_whole_states_alone_finds_its_file(tmp_path):
+    few = ["--ranks", "1", "--many", "7", "--repeats", "1", "--dir", str(tmp_path)]
+
+    rows, _ = bench(tmp_path, "load", *few, "--each", "8", "--sides", "whole")
+
+    assert [row["side"].split(":")[0] for row in rows] == ["bound", "bound", "whole"]
+
+
 def test_memory_of_the_root_is_measured_for_both_formats(tmp_path):
     few = ["--ranks", "2", "--mib", "1", "--cap", "1M", "--dir", str(tmp_path)]
 
