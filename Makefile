@@ -44,10 +44,16 @@ demo: $(READY)
 
 test: unit mpi
 
+# Of 2 cores, a third worker uses what the others leave while they wait for processes.
+# Files in the order of their names: the one that waits longest is not last.
+WORKERS ?= 3
+WORK := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+COVER := --cov=mpisave --cov-report= --cov-fail-under=0
+
 # Not in the environment of the tests: they run pytest themselves.
 unit: $(READY)
-	env -u MPISAVE_COVERAGE $(BIN)/python $(if $(MPISAVE_COVERAGE),-m coverage run) \
-	    -m pytest -m "not slow and not gpu" tests/unit
+	env -u MPISAVE_COVERAGE $(PYTEST) -q $(WORK) $(if $(MPISAVE_COVERAGE),$(COVER)) \
+	    -m "not slow and not gpu" tests/unit
 
 mpi: $(READY)
 	$(PYTEST) -q --mpi-sizes $(SIZES) -m "not slow and not gpu" tests/mpi
@@ -59,7 +65,7 @@ coverage: $(READY)
 	$(MAKE) coverage-report
 
 coverage-report: $(READY)
-	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage combine -q --append
 	$(BIN)/python -m coverage report
 
 # The same tests over Open MPI, whose counts are C ints.

@@ -30,7 +30,7 @@ ML_DTYPES = [
 NUMPY_DTYPES = [
     np.dtype(code)
     for kind in ("?", "b", "B", "h", "H", "i", "I", "q", "Q", "e", "f", "d", "F", "D")
-    for code in {f"<{kind}", f">{kind}"}
+    for code in (f"<{kind}", f">{kind}")
 ]
 DTYPES = [*NUMPY_DTYPES, np.dtype("g"), np.dtype("G"), *ML_DTYPES]
 

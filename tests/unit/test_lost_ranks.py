@@ -148,7 +148,7 @@ def test_rank_that_the_file_system_holds_writes_where_it_is(job):
 if comm.rank == 1:
     pwrite = os.pwrite
     def hold_this(*arguments):
-        time.sleep(4)
+        time.sleep(60)  # the error of the others ends it
         return pwrite(*arguments)
     os.pwrite = hold_this
 raise told(save)

@@ -121,7 +121,7 @@ CONTAINERS = [
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("state", CONTAINERS, ids=lambda state: repr(state)[:30])
+@pytest.mark.parametrize("state", CONTAINERS)
 def test_plain_containers_and_scalars_load(state, protocol):
     assert_loads_as_pickle_does(state, protocol)
 
