@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_END_S = 1.0
+
 
 @contextmanager
 def watchdog(
@@ -49,6 +51,7 @@ def watchdog(
         yield
     finally:
         is_over.set()
+        thread.join(_END_S)  # longer only if nobody reads what it writes
 
 
 def dump_stacks(why: str) -> None:
