@@ -33,6 +33,9 @@ _NAMES = (
     "timeout",
     "comm",
 )
+# As str.format would fill it in, with zeros in front if these are asked for.
+_RANK = re.compile(r"\{rank(?::(0?[1-9]?d?))?\}")
+
 # Longer than a slow file system takes for what one rank writes; shorter than a night.
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -61,7 +64,7 @@ class Arguments:
         """Return the path of a rank, or None if it has none."""
         if self.path is None:
             return None
-        return self.path.replace("{rank}", str(rank))
+        return _RANK.sub(lambda found: format(rank, found[1] or ""), self.path)
 
 
 def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:

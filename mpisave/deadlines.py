@@ -12,7 +12,6 @@ waits until they are sent.
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import pickle
@@ -24,7 +23,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpisave.errors import CollectiveError, CollectiveTimeout, Failure
+from mpisave.errors import (
+    CollectiveError,
+    CollectiveTimeout,
+    Failure,
+    show_ranks,
+)
 from mpisave.watchdog import dump_stacks, watchdog
 
 if TYPE_CHECKING:
@@ -325,19 +329,6 @@ def _note(roll: _Roll, message: tuple[str, str, Any]) -> None:
     else:
         roll.is_told = True
         roll.present.update({present.rank: present for present in content})
-
-
-def show_ranks(ranks: Iterable[int]) -> str:
-    """Return ascending ranks as a person would write them: ``ranks 0-2, 5``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1][1:] = [rank]
-        else:
-            runs.append([rank])
-    text = ", ".join("-".join(map(str, run)) for run in itertools.islice(runs, 20))
-    more = ", ..." if len(runs) > 20 else ""
-    return f"rank{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {text}{more}"
 
 
 _ENDS_SOON: list[bool] = []

@@ -20,6 +20,38 @@ if TYPE_CHECKING:
     from mpisave.storage import Target
 
 
+def check_places(
+    given: Sequence[str | None], resolved: Sequence[str | None], hosts: Sequence[str]
+) -> None:
+    """Refuse a path that means another file on other ranks: each would save a part.
+
+    Parameters
+    ----------
+    given, resolved : sequence of str or None, one a rank
+        The path, and where it leads; None for a file object.
+    hosts : sequence of str
+        Of each rank.
+
+    Raises
+    ------
+    StorageError
+        If a link or the working directory has one path lead to several places.
+    """
+    first: dict[str, int] = {}
+    for rank, (path, place) in enumerate(zip(given, resolved, strict=True)):
+        if path is None or place is None:
+            continue
+        other = first.setdefault(path, rank)
+        if resolved[other] != place:
+            raise StorageError(
+                f"{path} is {resolved[other]} on rank {other} ({hosts[other]}) and "
+                f"{place} on rank {rank} ({hosts[rank]}), by a link or the working "
+                f"directory: each would hold a part of the state. Give one place that "
+                f"all ranks see, gather to one rank with gather_to=0, or put {{rank}} "
+                f"into the path for a file of each rank."
+            )
+
+
 def create_for_roots(
     own: Comm,
     roots: Sequence[int],

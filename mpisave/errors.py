@@ -16,12 +16,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # Where something stands in a nested state: dict keys and list indices, from the top.
 Key: TypeAlias = "tuple[str | int, ...]"
@@ -148,6 +149,19 @@ def numbered(message: str, number: int | None) -> StorageError:
     error = StorageError(message)
     error.errno = number
     return error
+
+
+def show_ranks(ranks: Iterable[int]) -> str:
+    """Return ascending ranks as a person would write them: ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    text = ", ".join("-".join(map(str, run)) for run in itertools.islice(runs, 20))
+    more = ", ..." if len(runs) > 20 else ""
+    return f"rank{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {text}{more}"
 
 
 def show_key(key: Key) -> str:

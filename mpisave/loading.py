@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ from mpisave.errors import (
     StateDictError,
     StorageError,
     show_key,
+    show_ranks,
 )
 from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index, pkl
@@ -35,7 +37,7 @@ from mpisave.placement import (
 )
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
-from mpisave.selection import select
+from mpisave.selection import is_asked, listed, select
 from mpisave.sharing import read_shared
 from mpisave.skeleton import is_altered, read_part
 from mpisave.storage import Source
@@ -351,6 +353,8 @@ class _Load(Steps):
         made: list[Match | All] = []
 
         def compare() -> tuple[bytes, bytes, list[Key]]:
+            keys = self.options.keys
+            self._asked = None if keys is None else listed(keys)
             with naming_file(source.name):
                 if head[1] == index.FOREIGN:
                     content = index.decode_foreign(head[0], source.nbytes)
@@ -361,7 +365,7 @@ class _Load(Steps):
                 self._content = content
                 self._order = [node.key for node in content.nodes]
                 self._arrays = content.arrays()
-                nodes = select(content, self.options.keys)
+                nodes = select(content, self._asked)
                 found = self._want(nodes, like, source)
             # What is filled may be in use still, by work that was queued before.
             settle(want.held for want in found.wants)
@@ -371,7 +375,9 @@ class _Load(Steps):
 
         every = self.exchange("compare with like", compare)
         if like is not None:
-            warnings = self.alike("compare with like", lambda: self._judge(every))
+            name = source.name
+            judge = functools.partial(self._judge, every, name)
+            warnings = self.alike("compare with like", judge)
             if warnings:
                 self.step("compare with like", lambda: self._warn(warnings))
         return made[0]
@@ -399,45 +405,44 @@ class _Load(Steps):
             make,
             in_place=options.into == "inplace",
             place=options.place(),
-            is_part=options.keys is not None,
+            asks=self._asks,
         )
 
-    def _judge(self, every: Sequence[tuple[bytes, bytes, list[Key]]]) -> list[str]:
+    def _asks(self, key: Key) -> bool:
+        """Return whether a key is among those that `keys` asks for."""
+        return self._asked is None or is_asked(key, self._asked)
+
+    def _judge(
+        self, every: Sequence[tuple[bytes, bytes, list[Key]]], name: str
+    ) -> list[str]:
         """Refuse, or return warnings of, keys that are on one side only."""
         asked, wanted = (
             np.bitwise_or.reduce([np.frombuffer(bits, np.uint8) for bits in column])
             for column in list(zip(*every, strict=True))[:2]
         )
-        lacking: dict[Key, int] = {}
+        lacking: dict[Key, list[int]] = {}
         for rank, (*_, keys) in enumerate(every):
             for key in keys:
-                lacking.setdefault(key, rank)
+                lacking.setdefault(key, []).append(rank)
         left = np.unpackbits(asked & ~wanted, count=len(self._order)).tolist()
-        return [
-            *self._allow(
-                "missing",
-                "keep",
-                [f"{show_key(key)} (rank {rank})" for key, rank in lacking.items()],
-                "in like, but not in the file",
-            ),
-            *self._allow(
-                "unexpected",
-                "skip",
-                [show_key(key) for key in itertools.compress(self._order, left)],
-                "in the file, but in no rank's like",
-            ),
-        ]
-
-    def _allow(
-        self, name: str, allowed: str, keys: Sequence[str], where: str
-    ) -> list[str]:
-        if not keys:
-            return []
-        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-        text = f"{len(keys)} key(s) are {where}: {', '.join(keys[:20])}{more}"
-        if getattr(self.options, name) != allowed:
-            raise StateDictError(f"{text}. {name}={allowed!r} goes on without them.")
-        return [text]
+        missing = [f"{show_key(k)} ({show_ranks(r)})" for k, r in lacking.items()]
+        unexpected = [show_key(key) for key in itertools.compress(self._order, left)]
+        refused, warnings = [], []
+        for what, allowed, names, where in (
+            ("missing", "keep", missing, "in like, but not in the file"),
+            ("unexpected", "skip", unexpected, "in the file, but in no rank's like"),
+        ):
+            if names:
+                many = len(names)
+                more = f" and {many - 20} more" if many > 20 else ""
+                text = f"{many} key(s) are {where}: {', '.join(names[:20])}{more}"
+                if getattr(self.options, what) == allowed:
+                    warnings.append(f"{name}: {text}")
+                else:
+                    refused.append(f"{text}. {what}={allowed!r} goes on without them.")
+        if refused:
+            raise StateDictError("\n  ".join([f"{name}: {refused[0]}", *refused[1:]]))
+        return warnings
 
     def _warn(self, texts: Sequence[str]) -> None:
         for text in texts if self.own.rank == 0 else ():

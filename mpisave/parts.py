@@ -72,9 +72,11 @@ class Whole:
         every = self.merged.nbytes_of_entries()
         return blocks_of_parts(entry, within, nbytes, np.concatenate(values), every)
 
-    def check_replicas(self, digests: Sequence[npt.NDArray[np.uint32]]) -> None:
+    def check_replicas(
+        self, digests: Sequence[npt.NDArray[np.uint32]], hosts: Sequence[str]
+    ) -> None:
         """Refuse replicas whose digests differ."""
-        check_equal(self.merged, self.replicas, digests)
+        check_equal(self.merged, self.replicas, digests, hosts)
 
 
 _NOTHING = np.zeros(0, np.uint32)

@@ -13,7 +13,12 @@ import numpy as np
 from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, crc32c
 from mpisave.devices import host_memory
-from mpisave.errors import ArgumentError, FileFormatError, show_key
+from mpisave.errors import (
+    ArgumentError,
+    FileFormatError,
+    StateDictError,
+    show_key,
+)
 from mpisave.shards import boxes_of_range, common, run_elements, slices, spans
 from mpisave.threads import in_threads
 from mpisave.wanted import is_whole
@@ -46,10 +51,10 @@ def naming_file(name: str) -> Iterator[None]:
     """Put the name of the file in front of what is wrong with it."""
     try:
         yield
-    except FileFormatError as exc:
+    except (FileFormatError, StateDictError) as exc:
         if exc.step or str(exc).startswith(name):  # agreed on, or named, already
             raise
-        raise FileFormatError(f"{name}: {exc}") from exc
+        raise type(exc)(f"{name}: {exc}") from exc
 
 
 def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -> None:

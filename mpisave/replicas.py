@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpisave.checksum import crc32c
-from mpisave.errors import StateDictError, naming, show_key
+from mpisave.errors import StateDictError, naming, show_key, show_ranks
 from mpisave.shards import show_box
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mpisave.plan import Column
 
 _STAGED_NBYTES = 2**20
+
+# As many ranks are named with their hosts.
+_FEW = 4
 
 
 def replicated(merged: Merged, size: int) -> list[tuple[Column, Column]]:
@@ -80,6 +83,7 @@ def check_equal(
     merged: Merged,
     sets: Sequence[Column],
     digests: Sequence[npt.NDArray[np.uint32]],
+    hosts: Sequence[str],
 ) -> None:
     """Refuse replicas that differ.
 
@@ -89,6 +93,8 @@ def check_equal(
         What all ranks hold.
     sets, digests : sequence of ndarray, one a rank
         As `replicated` returns them, and the CRC-32C of each of these arrays.
+    hosts : sequence of str, one a rank
+        Named with ranks that are few.
 
     Raises
     ------
@@ -114,7 +120,7 @@ def check_equal(
         ):
             by_value.setdefault(value, []).append(rank)
         what = "; ".join(
-            f"CRC-32C {value:#010x} on rank {', '.join(map(str, sorted(set(where))))}"
+            f"CRC-32C {value:#010x} on {_where(where, hosts)}"
             for value, where in by_value.items()
         )
         lines.append(f"\n  {_name(merged, number)}: {what}")
@@ -124,6 +130,14 @@ def check_equal(
         f"Nothing was saved. Ranks that should hold the same values do not: look for "
         f"a missing broadcast, or bad memory; or save with replicas='first'."
     )
+
+
+def _where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Return ranks, if they are few with their hosts: it may be these that err."""
+    found = sorted(set(ranks))
+    if len(found) > _FEW:
+        return show_ranks(found)
+    return ", ".join(f"rank {rank} ({hosts[rank]})" for rank in found)
 
 
 def _name(merged: Merged, number: int) -> str:

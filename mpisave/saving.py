@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ from mpisave.arrays import library_of, settle
 from mpisave.choosing import choose
 from mpisave.collective import alike, exchange, on_all_ranks, through_coordinator
 from mpisave.comms import private_comm
-from mpisave.election import create_for_all, create_for_roots
+from mpisave.election import check_places, create_for_all, create_for_roots
 from mpisave.errors import show_key
 from mpisave.formats import index
 from mpisave.formats.hdf5 import HDF5Format
@@ -194,6 +195,11 @@ class _Call:
         self.paths = [path for _, path, _ in every]
         self.threads = threads_of([w for *_, w in every], own.rank, MOST_WRITERS)
         self.roots = self.args.roots
+        self.hosts = [host for *_, (host, *_) in every]
+        if self.roots is None:
+            named = [args.filled_path(rank) for rank, (args, *_) in enumerate(every)]
+            places = functools.partial(check_places, named, self.paths, self.hosts)
+            alike(own, "check arguments", places)
         # Who seals the file of each rank: the lowest that gave the same path.
         firsts: dict[str | None, int] = {}
         self.sealers = [
@@ -436,7 +442,10 @@ class _Call:
                     self.target.close()  # it may fail, and flushes on some systems
                 return
             if every is not None:
-                whole.check_replicas([digests for digests, *_ in every])
+                mine = self.sealers[self.own.rank]
+                group = zip(self.hosts, self.sealers, strict=True)
+                hosts = [h for h, s in group if self.roots or s == mine]
+                whole.check_replicas([digests for digests, *_ in every], hosts)
             data = index.encode(
                 whole.merged,
                 whole.layout,

@@ -34,12 +34,7 @@ def select(index: Index, keys: object) -> tuple[Node, ...]:
     """
     if keys is None:
         return index.nodes
-    asked: list[object] = [keys]
-    if not isinstance(keys, (str, tuple)):
-        try:
-            asked = list(keys)  # type: ignore[call-overload]
-        except TypeError as exc:
-            raise ArgumentError(f"keys is {keys!r}: {exc}") from exc
+    asked = listed(keys)
     every = [node.key for node in index.nodes if node.key]
     taken: set[Key] = set()
     for pattern in asked:
@@ -61,12 +56,34 @@ def select(index: Index, keys: object) -> tuple[Node, ...]:
             nodes.append(node)
             continue
         kind = kinds[node.key[:-1]]
-        if node.key[:-1] in above and kind in ("list", "tuple"):
+        if node.key[:-1] in above and kind in ("list", "tuple", "per_rank"):
             raise ArgumentError(
                 f"keys: {show_key(node.key[:-1])} is a {kind} of which only a part was "
                 f"asked for: ask for all of it"
             )
     return tuple(nodes)
+
+
+def listed(keys: object) -> list[object]:
+    """Return each of the keys that are asked for.
+
+    Raises
+    ------
+    ArgumentError
+        If there can be no such.
+    """
+    if isinstance(keys, (str, tuple)):
+        return [keys]
+    try:
+        return [*keys]  # type: ignore[misc]
+    except TypeError as exc:
+        raise ArgumentError(f"keys is {keys!r}: {exc}") from exc
+
+
+def is_asked(key: Key, asked: Sequence[object]) -> bool:
+    """Return whether a key, or one of a container that it lies in, is asked for."""
+    above = [key[:depth] for depth in range(1, len(key) + 1)]
+    return any(_matching(above, pattern) for pattern in asked)
 
 
 def _matching(every: Sequence[Key], pattern: object) -> list[Key]:

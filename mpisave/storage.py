@@ -117,7 +117,8 @@ class StagedFile:
             if not self._final.parent.is_dir():
                 raise StorageError(
                     f"cannot save to {self.name}: there is no directory "
-                    f"{self._final.parent}. Create it before saving."
+                    f"{self._final.parent}. Create it before saving, where all ranks "
+                    f"that write see it."
                 )
             try:
                 # The name is looked up: one that is too long is refused here.

@@ -103,13 +103,17 @@ class _Wants:
         self.wants.append(Want(stored, start, held))
         return held.source
 
+    def whole(self, stored: Stored) -> Any:
+        """Return an array for all of a stored one."""
+        return self.fresh(stored, (0,) * len(stored.shape), stored.shape)
+
     def subtree(self, nodes: Iterable[Node], depth: int = 0) -> Any:
         """Return the state of nodes, without the first parts of their keys."""
         plain = []
         for node in nodes:
             value = node.value
             if isinstance(value, Stored):
-                value = self.fresh(value, (0,) * len(value.shape), value.shape)
+                value = self.whole(value)
             elif isinstance(value, Opaque):
                 refuse_opaque(node.key, value)
             plain.append(Node(node.key[depth:], node.kind, value))
@@ -189,8 +193,8 @@ class Match(_Wants):
         Whether arrays are read into those of `like`.
     place : Place or None
         Where new arrays are made; None: where those of `like` are.
-    is_part : bool
-        Whether `nodes` are only a part of the file: what of `like` is not among them
+    asks : callable
+        Returns whether a key is asked for: what else of `like` is not among the nodes
         stays as it is.
 
     Attributes
@@ -214,20 +218,30 @@ class Match(_Wants):
         make: Make | None,
         *,
         in_place: bool,
-        is_part: bool,
+        asks: Callable[[Key], bool] = lambda _: True,
         place: Place | None = None,
     ) -> None:
         super().__init__(make, place)
         self._nodes = nodes
         self._in_place = in_place
-        self._is_part = is_part
+        self._asks = asks
         self._rank = rank
         self._numbers = {node.key: number for number, node in enumerate(nodes)}
         self.missing: list[Key] = []
         self.wanted: set[Key] = set()
         self._result: list[Node] = []
-        own: Key | None = None  # of a PerRank: what lies in it comes from the file
-        for node in flatten(like, rank):
+        # Of PerRanks: what lies in them comes from the file, into these arrays.
+        self._inside: dict[Key, Any] = {}
+        own: Key | None = None
+        every = list(flatten(like, rank))
+        if in_place:
+            apart = {node.key for node in every if node.kind == "per_rank"}
+            self._inside = {
+                node.key: node.value
+                for node in every
+                if any(node.key[:depth] in apart for depth in range(len(node.key)))
+            }
+        for node in every:
             if own is not None and node.key[: len(own)] == own:
                 continue
             number = self._numbers.get(node.key)
@@ -240,7 +254,7 @@ class Match(_Wants):
                     self._container(node, nodes[number])
             elif number is None:
                 self._result.append(node)
-                if not self._is_part:
+                if self._asks(node.key):
                     self.missing.append(node.key)
             else:
                 self.wanted.add(node.key)
@@ -250,6 +264,14 @@ class Match(_Wants):
     def state(self) -> Any:
         """Return the state, once all wants were read."""
         return rebuild(self._result)
+
+    def whole(self, stored: Stored) -> Any:
+        """Return an array for all of a stored one: in place, that of `like`."""
+        value = self._inside.get(stored.key)
+        held = None if value is None else _held(Node(stored.key, "leaf", value))
+        if held is None:
+            return super().whole(stored)
+        return self._array(stored.key, value, held, (0,) * len(held.shape), stored)
 
     def _container(self, node: Node, found: Node) -> None:
         self.wanted.add(node.key)
@@ -274,7 +296,7 @@ class Match(_Wants):
                 if node.key[: len(mine)] == mine:
                     found.append(node)
         if not found:
-            if not self._is_part:
+            if self._asks(key):
                 self.missing.append(key)
             self._result.append(Node(key, "leaf", _at(like, key)))
             return
@@ -428,12 +450,14 @@ def rank_of(
     most = max(counts)
     if choose is not None:
         chosen = choose(rank, most)
-        if type(chosen) is not int or not 0 <= chosen < most:
+        # NumPy's integers are as good; True and 0.0 are mistakes.
+        is_number = type(chosen) is int or isinstance(chosen, np.integer)
+        if not is_number or not 0 <= chosen < most:
             raise ArgumentError(
                 f"per_rank({rank}, {most}) returned {chosen!r}: it is the rank, of the "
                 f"{most} that saved, whose values this one takes"
             )
-        return chosen
+        return int(chosen)
     if most != size:
         raise ArgumentError(
             f"{show_key(counts[most])} has a value for each of {most} ranks, and there "

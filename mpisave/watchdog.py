@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,12 +46,16 @@ def watchdog(
 
     # As long as the GIL is free, which it is in calls of the system.
     thread = threading.Thread(target=watch, name="mpisave watchdog", daemon=True)
-    thread.start()
+    with suppress(
+        RuntimeError, MemoryError
+    ):  # no more threads: the call can do without
+        thread.start()
     try:
         yield
     finally:
         is_over.set()
-        thread.join(_END_S)  # longer only if nobody reads what it writes
+        if thread.ident is not None:
+            thread.join(_END_S)  # longer only if nobody reads what it writes
 
 
 def dump_stacks(why: str) -> None:

@@ -336,6 +336,32 @@ class TestGroups:
         name = str(shared_dir / f"{comm.rank}.pkl")
         assert_on_all_ranks(comm, report.paths == (name,), "paths")
 
+    @pytest.mark.mpi(min_size=2)
+    @pytest.mark.parametrize("way", ["link", "working directory"])
+    def test_path_that_leads_elsewhere_on_other_ranks_is_refused(
+        self, comm, shared_dir, monkeypatch, way
+    ):
+        # As a link to a disk of each node would. Here there is one node.
+        place = shared_dir / str(comm.rank)
+        place.mkdir()
+        monkeypatch.chdir(place)
+        path = "x.params" if way == "working directory" else "/proc/self/cwd/x.params"
+
+        caught = assert_refused(
+            comm,
+            mpisave.StorageError,
+            lambda: save(comm, path, {f"own{comm.rank}": np.zeros(3)}),
+            f"{shared_dir}/1/x.params on rank 1 ({socket.gethostname()})",
+        )
+
+        assert "gather_to=0" in str(caught)
+        assert_on_all_ranks(comm, os.listdir(place) == [], "nothing is left")
+        # Roots have all of the state each, wherever they put it.
+        how = {"gather_to": [0, 1], "state_type": "params"}
+        save(comm, "y.params", {f"own{comm.rank}": np.ones(1)}, **how)
+        has_file = os.listdir(place) == ["y.params"]
+        assert_on_all_ranks(comm, has_file == (comm.rank < 2), "a file of each root")
+
     @pytest.mark.mpi(min_size=3)
     def test_report_counts_small_messages_within_a_group(
         self, comm, shared_dir, monkeypatch
@@ -587,8 +613,9 @@ class TestReplicas:
 
         assert caught.step == "seal"
         key = "['opt']['x']" + ("[2000:262144, 0:10]" if held == "box" else "")
-        ranks = ", ".join(map(str, range(last)))
-        for match in [key, f"on rank {ranks};", f"on rank {last}"]:
+        host = socket.gethostname()
+        ranks = ", ".join(f"rank {rank} ({host})" for rank in range(last))
+        for match in [key, f"on {ranks};", f"on rank {last} ({host})"]:
             assert match in str(caught), caught
         assert "equal" not in str(caught).replace("to be equal", "")
         assert_nothing_lost(comm, old)

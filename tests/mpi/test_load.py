@@ -415,6 +415,31 @@ class TestMissingAndUnexpected:
         texts = [str(w.message) for w in recwarn if "not in the file" in str(w.message)]
         assert_on_all_ranks(comm, len(texts) == (comm.rank == 0), "one warning")
 
+    @pytest.mark.parametrize("keys", ["deep/*", "deep", [("deep",), "step"]])
+    def test_key_that_is_asked_for_by_a_pattern_is_missing(self, comm, whole, keys):
+        like = {**WHOLE, "deep": WHOLE["deep"] | {"new": np.full(3, 5)}, "other": 1}
+
+        caught = assert_refused(
+            comm,
+            mpisave.StateDictError,
+            lambda: mpisave.load(whole, comm=comm, like=like, keys=keys),
+            "1 key(s) are in like, but not in the file: ['deep']['new'] (rank",
+        )
+
+        assert str(whole) in str(caught)
+
+    def test_keys_on_both_sides_are_told_at_once(self, comm, whole):
+        like = {key: value for key, value in WHOLE.items() if key != "flags"}
+
+        caught = assert_refused(
+            comm,
+            mpisave.StateDictError,
+            lambda: mpisave.load(whole, comm=comm, like=like | {"flogs": 1}),
+            "in like, but not in the file: 'flogs'",
+        )
+
+        assert "in the file, but in no rank's like: 'flags'" in str(caught)
+
     def test_keys_that_were_not_asked_for_are_not_unexpected(self, comm, whole):
         found = mpisave.load(whole, comm=comm, like={"step": 0}, keys="step")
 

@@ -294,6 +294,9 @@ def test_other_path_is_refused(path):
 
 def test_rank_is_filled_into_the_path():
     assert parsed("r{rank}/{rank}.pkl").filled_path(12) == "r12/12.pkl"
+    assert parsed("x{rank:05d}.pkl").filled_path(12) == "x00012.pkl"
+    assert parsed("x{rank:3}|{rank:d}").filled_path(12) == "x 12|12"
+    assert parsed("{rank:x}").filled_path(12) == "{rank:x}"
     assert parsed("{other}.pkl").filled_path(12) == "{other}.pkl"
     assert parsed(None).filled_path(0) is None
 

@@ -235,9 +235,9 @@ class TestDivide:
         states = [{"x": np.zeros(2)}, {"x": np.zeros(2)}]
         whole = self.parts(states, replicas="check")[0].whole
 
-        whole.check_replicas([np.array([5], np.uint32)] * 2)
-        with pytest.raises(StateDictError, match="'x': CRC-32C 0x00000005 on rank 0;"):
-            whole.check_replicas([np.array([n], np.uint32) for n in (5, 6)])
+        whole.check_replicas([np.array([5], np.uint32)] * 2, ["a", "b"])
+        with pytest.raises(StateDictError, match=r"0x00000005 on rank 0 \(a\); "):
+            whole.check_replicas([np.array([n], np.uint32) for n in (5, 6)], ["a", "b"])
 
     def test_checksums_that_did_not_come_are_a_defect(self):
         whole = self.parts([{"x": np.zeros(2)}, {"y": np.zeros(2)}])[0].whole

@@ -560,7 +560,7 @@ class TestShared:
 
     def wants(self, data, like):
         nodes = index.decode(*find_index(Source(io.BytesIO(data)))).nodes
-        return Match(like, nodes, 0, None, in_place=True, is_part=False).wants
+        return Match(like, nodes, 0, None, in_place=True).wants
 
     @PROPERTY
     @given(st.lists(arrays_and_boxes(), max_size=5), st.integers(1, 300))

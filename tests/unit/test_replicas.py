@@ -21,6 +21,9 @@ def content(array):
     return array.name, out.tobytes()
 
 
+HOSTS = [f"node{rank}" for rank in range(16)]
+
+
 def digests_of(held, found):
     """Return the CRC-32C of each array that a rank is asked about."""
     return [
@@ -32,7 +35,7 @@ def digests_of(held, found):
 def check(states):
     merged, held = described(states)
     found = replicated(merged, len(states))
-    check_equal(merged, [sets for _, sets in found], digests_of(held, found))
+    check_equal(merged, [sets for _, sets in found], digests_of(held, found), HOSTS)
 
 
 def refusal(states):
@@ -76,7 +79,7 @@ class TestReplicated:
         found = replicated(merged, 3)
 
         assert [ordinals.tolist() for ordinals, _ in found] == [[], [], []]
-        check_equal(merged, [s for _, s in found], [np.zeros(0, np.uint32)] * 3)
+        check_equal(merged, [s for _, s in found], [np.zeros(0, np.uint32)] * 3, HOSTS)
 
     def test_rank_that_holds_all_of_it_is_a_replica_of_one_box_that_is_all(self):
         array = np.arange(6)
@@ -113,7 +116,7 @@ class TestCheck:
         digests[rank][at] ^= 1 << data.draw(st.integers(0, 31))
 
         with pytest.raises(StateDictError, match="1 replica") as caught:
-            check_equal(merged, [sets for _, sets in found], digests)
+            check_equal(merged, [sets for _, sets in found], digests, HOSTS)
 
         name = held[rank][int(found[rank][0][at])].name
         assert f"\n  {name}" in str(caught.value)
@@ -126,10 +129,19 @@ class TestCheck:
 
         assert message.startswith("1 replica(s) differ between ranks: \n  'x': ")
         zeros, ones = crc32c(one), crc32c(other)
-        assert f"CRC-32C {zeros:#010x} on rank 0, 3, 4; " in message
-        assert f"CRC-32C {ones:#010x} on rank 1\n" in message
+        assert (
+            f"CRC-32C {zeros:#010x} on rank 0 (node0), rank 3 (node3), rank 4 (node4); "
+            in message
+        )
+        assert f"CRC-32C {ones:#010x} on rank 1 (node1)\n" in message
         assert "Nothing was saved." in message
         assert "replicas='first'" in message
+
+    def test_many_ranks_are_named_without_their_hosts(self):
+        message = refusal([{"x": np.full(2, rank < 6)} for rank in range(8)])
+
+        assert " on ranks 0-5; " in message
+        assert " on rank 6 (node6), rank 7 (node7)\n" in message
 
     def test_refusal_names_the_box_that_differs(self):
         array = noise((4, 6), "<f4")
@@ -143,8 +155,8 @@ class TestCheck:
         )
 
         assert "'x'[0:4, 2:6]: CRC-32C" in message
-        assert "on rank 1; " in message
-        assert "on rank 3" in message
+        assert "on rank 1 (node1); " in message
+        assert "on rank 3 (node3)" in message
         assert "'w'" not in message
 
     def test_refusal_names_boxes_of_the_second_array_and_nested_keys(self):
@@ -182,4 +194,4 @@ class TestCheck:
     def test_no_ranks_have_no_replicas(self):
         merged, _ = described([{}])
 
-        check_equal(merged, [], [])
+        check_equal(merged, [], [], [])

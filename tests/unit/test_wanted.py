@@ -50,9 +50,9 @@ def keys_of(nodes):
     return [node.key for node in nodes]
 
 
-def match(like, *states, rank=0, in_place=False, is_part=False):
+def match(like, *states, rank=0, in_place=False, asks=lambda _: True):
     nodes = index_of(*states).nodes
-    return Match(like, nodes, rank, None, in_place=in_place, is_part=is_part)
+    return Match(like, nodes, rank, None, in_place=in_place, asks=asks)
 
 
 def saved(state, **how):
@@ -248,7 +248,7 @@ class TestMatch:
     def test_what_was_not_asked_for_stays_as_it_is(self):
         like = {"x": np.zeros(1), "other": np.ones(2), "n": 5}
 
-        found = match(like, {"x": np.zeros(1)}, is_part=True)
+        found = match(like, {"x": np.zeros(1)}, asks=lambda key: key == ("x",))
 
         assert found.missing == []
         assert found.state()["other"] is like["other"]
@@ -328,11 +328,9 @@ class TestMatch:
         with pytest.raises(
             FileFormatError, match=r"'x' is an object of type mod\.Hook"
         ):
-            Match({"x": 5}, opaque("x"), 0, None, in_place=False, is_part=False)
+            Match({"x": 5}, opaque("x"), 0, None, in_place=False)
         with pytest.raises(StateDictError, match=r"'x' .* type mod\.Hook in the file"):
-            Match(
-                {"x": np.zeros(1)}, opaque("x"), 0, None, in_place=False, is_part=False
-            )
+            Match({"x": np.zeros(1)}, opaque("x"), 0, None, in_place=False)
 
     def test_new_array_is_made_on_the_device_of_the_one_in_like(self, monkeypatch):
         library = put_in_place(monkeypatch)
@@ -418,10 +416,29 @@ class TestPerRank:
         assert found.missing == [("rng",)]
         assert found.state()["rng"] is like["rng"]
 
+    def test_arrays_in_a_value_are_filled_in_place(self):
+        states = [{"rng": PerRank({"a": np.zeros(3), "n": r})} for r in range(2)]
+        mine = {"a": np.ones(3), "n": 7, "more": 8}
+
+        found = match({"rng": PerRank(mine)}, *states, rank=1, in_place=True)
+
+        assert [want.stored.key for want in found.wants] == [("rng", 1, "a")]
+        assert np.shares_memory(found.wants[0].held.source, mine["a"])
+        value = found.state()["rng"].value
+        assert value["a"] is mine["a"]
+        assert list(value) == ["a", "n"]
+
+    def test_array_in_a_value_that_does_not_fit_in_place_is_refused(self):
+        state = {"rng": PerRank(np.zeros(3))}
+
+        with pytest.raises(StateDictError, match=r"shape \(4,\) in like.*shape \(3,\)"):
+            match({"rng": PerRank(np.zeros(4))}, state, in_place=True)
+        assert match({"rng": PerRank(np.zeros(4))}, state).wants[0].held.shape == (3,)
+
     def test_value_that_was_not_asked_for_stays_as_it_is(self):
         like = {"x": np.zeros(1), "rng": PerRank(7)}
 
-        found = match(like, {"x": np.zeros(1)}, is_part=True)
+        found = match(like, {"x": np.zeros(1)}, asks=lambda key: key == ("x",))
 
         assert found.missing == []
         assert found.state()["rng"] is like["rng"]
@@ -487,6 +504,7 @@ class TestPerRank:
 
     @pytest.mark.parametrize("chosen", [-1, 2, None, 1.0, True, "0"])
     def test_choice_of_what_is_no_saved_rank_is_refused(self, chosen):
+        assert rank_of({("rng",): 2}, 3, 4, lambda *_: np.int64(1)) == 1
         with pytest.raises(ArgumentError, match=r"per_rank\(3, 2\) returned") as caught:
             rank_of({("a",): 2}, 3, 4, lambda rank, saved: chosen)
 

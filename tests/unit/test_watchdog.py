@@ -50,3 +50,15 @@ def test_without_standard_error_nothing_happens(monkeypatch):
 
     with watchdog(lambda: (5.0, "rank 1 writes"), 0.01):
         time.sleep(0.1)
+
+
+def test_call_does_without_where_there_are_no_more_threads(monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    with watchdog(lambda: (5.0, "rank 1 writes"), 0.01):
+        done = True
+
+    assert done
