@@ -22,7 +22,15 @@ from mpisave.reading import check_blocks, naming_file, read_exactly
 from mpisave.shards import run_elements, slices
 from mpisave.transport.exchange import alltoallv
 from mpisave.wanted import is_whole
-from mpisave.weave import CHUNK_NBYTES, Chunk, chunks, moves, rounds, supplied
+from mpisave.weave import (
+    CHUNK_NBYTES,
+    Chunk,
+    boxes_of_rank,
+    chunks,
+    moves,
+    rounds,
+    supplied,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,18 +146,6 @@ def _demands(
     return demands
 
 
-def _boxes_of(array: Woven, rank: int) -> Woven:
-    """Return what of an array one rank wants."""
-    mine = array.ranks == rank
-    return dataclasses.replace(
-        array,
-        ranks=array.ranks[mine],
-        ordinals=array.ordinals[mine],
-        starts=array.starts[mine],
-        counts=array.counts[mine],
-    )
-
-
 class _Regrouping:
     """The exchange of one call of load."""
 
@@ -170,10 +166,16 @@ class _Regrouping:
             for chunk in chunks(self._woven, CHUNK_NBYTES)
             for part in self._wanted_parts(chunk)
         ]
-        self._rounds = list(rounds(found, max(1, _ROUND_NBYTES // CHUNK_NBYTES)))
+        sizes = {chunk: self._nbytes(self._woven, chunk) for chunk in found}
+        self._rounds = list(
+            rounds(found, [*sizes.values()], of_one=CHUNK_NBYTES, of_all=_ROUND_NBYTES)
+        )
         self._error: BaseException | None = None
-        sends = [self._nbytes(self._woven, c) for c in found if c.writer == comm.rank]
-        mine = [_boxes_of(array, comm.rank) for array in self._woven]
+        sends = [
+            sum(sizes[chunk] for chunk in every if chunk.writer == comm.rank)
+            for every in self._rounds
+        ]
+        mine = [boxes_of_rank(array, comm.rank) for array in self._woven]
         gets = [sum(self._nbytes(mine, c) for c in every) for every in self._rounds]
         self._library = library_of(want.held for want in wants)
         self._packed = np.empty(max(sends, default=0), np.uint8)
@@ -219,16 +221,16 @@ class _Regrouping:
         rank, size = self._comm.rank, self._comm.size
         sent = np.zeros(size, np.int64)
         got = np.zeros(size, np.int64)
-        outgoing: list[Move] = []
+        outgoing: list[tuple[Chunk, list[Move]]] = []
         incoming: list[tuple[int, Move]] = []
-        mine: Chunk | None = None
         for chunk in found:
             array = self._woven[chunk.array]
-            for move in moves(array, chunk):
+            relevant = list(moves(array, chunk, rank))
+            if chunk.writer == rank:
+                outgoing.append((chunk, relevant))
+            for move in relevant:
                 nbytes = math.prod(move.count) * array.itemsize
                 if chunk.writer == rank:
-                    mine = chunk
-                    outgoing.append(move)
                     sent[move.rank] += nbytes
                 if move.rank == rank:
                     incoming.append((chunk.writer, move))
@@ -236,9 +238,10 @@ class _Regrouping:
         packed = self._packed[: int(sent.sum())]
         received = self._received[: int(got.sum())]
         try:
-            if mine is not None and self._error is None:
-                with naming_file(self._source.name):
-                    self._pack(mine, outgoing, packed, sent)
+            at = displacements(sent).tolist()
+            with naming_file(self._source.name):
+                for chunk, relevant in outgoing if self._error is None else ():
+                    self._pack(chunk, relevant, packed, at)
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             self._error = exc
         alltoallv(self._comm, packed, sent, received, got)
@@ -249,13 +252,13 @@ class _Regrouping:
             self._error = exc
 
     def _pack(
-        self, chunk: Chunk, outgoing: Sequence[Move], packed: Any, sent: Any
+        self, chunk: Chunk, outgoing: Sequence[Move], packed: Any, at: list[int]
     ) -> None:
+        """Read a chunk, and put each rank's part where that begins; go on there."""
         demand = self._demands[chunk.array]
         itemsize = demand.woven.itemsize
         first, stop = chunk.first * itemsize, chunk.stop * itemsize
         elements = self._read(demand.stored, first, stop).view(demand.stored.dtype)
-        at = displacements(sent).tolist()
         for move in outgoing:
             n = math.prod(move.count) * itemsize
             part = packed[at[move.rank] : at[move.rank] + n].view(demand.stored.dtype)

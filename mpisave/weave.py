@@ -1,12 +1,14 @@
 """Arrays whose shards lie in the file in short runs: who puts them together. Pure.
 
 The file bytes of such an array are cut into *chunks*. One rank writes a chunk whole,
-and gets the parts of it that others hold. In a round each writer has one chunk at most.
-All of it follows from the boxes, so every rank works it out for itself.
+and gets the parts of it that others hold. In a round each writer has one large chunk,
+or several small ones. All of it follows from the boxes, so every rank works it out for
+itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -93,23 +95,40 @@ def chunks(
         row = math.prod(array.shape[1:])
         # Whole rows: cut ones would make a chunk of more boxes.
         most = most // row * row or most
-        holders = np.unique(array.ranks).tolist()
+        holders = sorted(set(array.ranks.tolist()))
         for turn, first in enumerate(range(0, total, most), start=len(found)):
             who = holders[turn % len(holders)] if writer is None else writer
             found.append(Chunk(number, who, first, min(total, first + most)))
     return found
 
 
-def rounds(found: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
-    """Yield the chunks of each round: `most` of them, and one for each writer."""
+def rounds(
+    found: Sequence[Chunk], sizes: Sequence[int], *, of_one: int, of_all: int
+) -> Iterator[list[Chunk]]:
+    """Yield the chunks of each round, in order: as many as fit, and one at least.
+
+    Parameters
+    ----------
+    found : sequence of Chunk
+        All of them.
+    sizes : sequence of int
+        Their bytes.
+    of_one, of_all : int
+        Bytes in a round at most: of one writer, unless a single chunk has more, and of
+        all.
+    """
     together: list[Chunk] = []
-    writers: set[int] = set()
-    for chunk in found:
-        if chunk.writer in writers or len(together) == most:
+    of_writers: dict[int, int] = {}
+    total = 0
+    for chunk, nbytes in zip(found, sizes, strict=True):
+        before = of_writers.get(chunk.writer, 0)
+        is_over = before + nbytes > of_one and before > 0
+        if together and (is_over or total + nbytes > of_all):
             yield together
-            together, writers = [], set()
+            together, of_writers, total, before = [], {}, 0, 0
         together.append(chunk)
-        writers.add(chunk.writer)
+        of_writers[chunk.writer] = before + nbytes
+        total += nbytes
     if together:
         yield together
 
@@ -126,8 +145,13 @@ def supplied(array: Woven, first: int, stop: int) -> int:
     return total
 
 
-def moves(array: Woven, chunk: Chunk) -> Iterator[Move]:
-    """Yield what a chunk is made of, the lowest box first within each of its parts."""
+def moves(array: Woven, chunk: Chunk, rank: int) -> Iterator[Move]:
+    """Yield what a chunk is made of, the lowest box first within each of its parts.
+
+    To its writer all of it, to any other rank what that supplies.
+    """
+    if chunk.writer != rank:
+        array = boxes_of_rank(array, rank)
     at = 0
     stops = array.starts + array.counts
     for around, around_count in boxes_of_range(array.shape, chunk.first, chunk.stop):
@@ -147,6 +171,18 @@ def moves(array: Woven, chunk: Chunk) -> Iterator[Move]:
                 at,
             )
         at += math.prod(around_count)
+
+
+def boxes_of_rank(array: Woven, rank: int) -> Woven:
+    """Return what of an array one rank has."""
+    mine = array.ranks == rank
+    return dataclasses.replace(
+        array,
+        ranks=array.ranks[mine],
+        ordinals=array.ordinals[mine],
+        starts=array.starts[mine],
+        counts=array.counts[mine],
+    )
 
 
 def as_pieces(

@@ -322,6 +322,16 @@ def may_load():
     )
     yield "long int", whole(b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6)
     yield "one wide character", whole(text("x" * 10**6 + "\U0001f600"))
+    wide = b"(" + b"N" * 60_000 + b"tq\x070"
+    yield "wide tuple in a tuple", whole(wide + b"(" + b"h\x07" * 60_000 + b"t")
+    levels = b"(" + b"N" * 3000 + b"tq\x00"
+    for level in range(60):
+        levels += b"0(" + (b"h" + bytes([level])) * 3000 + b"tq" + bytes([level + 1])
+    yield "levels of wide tuples", whole(levels)
+    state = b"(K\x01K\x00\x85" + INT + b"\x89C\x00tq\x050"
+    memo = NEW + b"q\x06" * 20_000 + b"0"
+    many = b"h\x06" * 20_000 + b"h\x05b0" * 20_000
+    yield "array of many names built over and over", whole(state + memo + many + b"N")
     yield "list in itself", whole(b"]q\0h\0a")
     yield "dict in itself", whole(b"}q\0Nh\0s")
     stacks = {"nothing": b"", "none": b"N", "list": b"]", "mark": b"(", "two": b"]N"}

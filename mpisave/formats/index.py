@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from mpisave.formats.base import Layout
     from mpisave.merging import Merged
 
+# Keys with the same hash, and keys that a dict looks for in one place first. Of a
+# million numbers, in order, at random or far apart, 2 and 62 are, see test_index.
+_MOST_ALIKE = 100
+_MOST_IN_A_PLACE = 1000
+
 VERSION = 1
 FOREIGN = "HDF5 of another program"
 MAGIC = b"\x89mpisave"
@@ -300,6 +305,7 @@ def _check(index: Index, container: str) -> None:
     """Refuse an index that does not fit its file, before anything is allocated."""
     if index.container != container:
         raise ValueError(f"it is that of a {index.container} file, in a {container}")
+    _check_keys(index.nodes)
     _check_tree(index.nodes)
     extents = [n.value.extent for n in index.nodes if isinstance(n.value, Stored)]
     stop = 0
@@ -307,6 +313,18 @@ def _check(index: Index, container: str) -> None:
         if extent.offset < stop or extent.stop > index.nbytes:
             raise ValueError(f"{extent} overlaps another, or what follows payload")
         stop = extent.stop
+
+
+def _check_keys(nodes: Sequence[Node]) -> None:
+    """Refuse keys that were made such that a dict of them takes for ever.
+
+    Texts are hashed with a secret, but numbers are not.
+    """
+    hashes = np.fromiter((hash(key) for key, *_ in nodes), np.int64, len(nodes))
+    places = hashes & (2 ** (2 * len(nodes)).bit_length() - 1)
+    for values, most in ((hashes, _MOST_ALIKE), (places, _MOST_IN_A_PLACE)):
+        if np.unique(values, return_counts=True)[1].max(initial=0) > most:
+            raise ValueError(f"more than {most} keys have hashes alike")
 
 
 def _check_tree(nodes: Sequence[Node]) -> None:

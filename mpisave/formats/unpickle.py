@@ -293,6 +293,7 @@ class _Machine:
                 place = self._place(number)
                 if place is not None and place[number] is made:
                     place[number] = array
+            made.memo.clear()  # copies on the stack may be built as well
         else:
             raise FileFormatError(f"BUILD on a {type(made).__name__} is refused")
 
@@ -326,21 +327,24 @@ class _Machine:
             return done[id(value)]
         while pending:
             item = pending[-1]
-            inner = [i for i in item if type(i) is tuple and id(i) not in done]
-            if inner and id(item) not in done:
-                pending.extend(inner)
+            # First: there may be many references to it, and many items in it.
+            if id(item) in done:
+                pending.pop()
+                continue
+            inner = {id(i): i for i in item if type(i) is tuple and id(i) not in done}
+            if inner:
+                pending.extend(inner.values())
                 continue
             pending.pop()
-            if id(item) not in done:
-                self._budget.take(RECORD)
-                parts = tuple(
-                    done[id(i)] if type(i) is tuple else _plain_leaf(i) for i in item
-                )
-                if all(a is b for a, b in zip(parts, item, strict=True)):
-                    done[id(item)] = item
-                else:
-                    done[id(item)] = parts
-                    self._replaced.append(item)
+            self._budget.take(RECORD)
+            parts = tuple(
+                done[id(i)] if type(i) is tuple else _plain_leaf(i) for i in item
+            )
+            if all(a is b for a, b in zip(parts, item, strict=True)):
+                done[id(item)] = item
+            else:
+                done[id(item)] = parts
+                self._replaced.append(item)
         return done[id(value)]
 
 

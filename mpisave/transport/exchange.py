@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -86,32 +87,29 @@ class Exchange:
         self._offsets = offsets
         self._held = held
         self._target = target
-        most = max(1, limits.sent_nbytes // limits.chunk_nbytes)
-        self._rounds = list(rounds(chunks, most))
-        sizes = [
-            (c.stop - c.first) * woven[c.array].itemsize
-            for c in chunks
-            if c.writer == comm.rank
+        sizes = [self._nbytes(chunk) for chunk in chunks]
+        self._rounds = list(
+            rounds(chunks, sizes, of_one=limits.chunk_nbytes, of_all=limits.sent_nbytes)
+        )
+        mine = [
+            [self._nbytes(chunk) for chunk in together if chunk.writer == comm.rank]
+            for together in self._rounds
         ]
-        largest = max(sizes, default=0)
-        self._received = np.empty(largest, np.uint8)
-        self._whole = np.empty(largest, np.uint8)
+        self._received = np.empty(max(map(sum, mine), default=0), np.uint8)
+        self._whole = np.empty(max(itertools.chain(*mine), default=0), np.uint8)
         own = sum(
             int(array.counts[array.ranks == comm.rank].prod(axis=1).sum())
             * array.itemsize
             for array in woven
         )
-        longest = max(
-            (
-                sum((c.stop - c.first) * woven[c.array].itemsize for c in together)
-                for together in self._rounds
-            ),
-            default=0,
-        )
+        longest = max((sum(map(self._nbytes, t)) for t in self._rounds), default=0)
         self._library = library_of(held)
         self._packed = host_memory(min(own, longest), self._library)
         self._sums = BlockSums()
         self._error: BaseException | None = None
+
+    def _nbytes(self, chunk: Chunk) -> int:
+        return (chunk.stop - chunk.first) * self._woven[chunk.array].itemsize
 
     def move(self, moved: Moved) -> BaseException | None:
         """Exchange and write all chunks. Collective.
@@ -133,19 +131,19 @@ class Exchange:
         sent = np.zeros(size, np.int64)
         got = np.zeros(size, np.int64)
         outgoing: list[tuple[int, Chunk, Move]] = []
-        incoming: list[Move] = []
-        mine: Chunk | None = None
+        incoming: list[tuple[Chunk, list[Move]]] = []
         for chunk in together:
             itemsize = self._woven[chunk.array].itemsize
-            for move in moves(self._woven[chunk.array], chunk):
+            found = list(moves(self._woven[chunk.array], chunk, rank))
+            for move in found:
                 nbytes = math.prod(move.count) * itemsize
                 if move.rank == rank:
                     outgoing.append((chunk.writer, chunk, move))
                     sent[chunk.writer] += nbytes
                 if chunk.writer == rank:
-                    mine = chunk
-                    incoming.append(move)
                     got[move.rank] += nbytes
+            if chunk.writer == rank:
+                incoming.append((chunk, found))
         packed = self._packed[: int(sent.sum())]
         try:
             if self._error is None:
@@ -161,8 +159,9 @@ class Exchange:
         moved.rounds += 1
         moved.nbytes += int(got.sum() - got[rank])
         try:
-            if mine is not None and self._error is None:
-                self._put_together(mine, incoming, received, got)
+            at = displacements(got).tolist()
+            for chunk, found in incoming if self._error is None else ():
+                self._put_together(chunk, found, received, at)
         except BaseException as exc:  # noqa: BLE001 - told once all have caught up
             self._error = exc
         moved.written_s += time.perf_counter() - began
@@ -180,13 +179,13 @@ class Exchange:
                 at += nbytes
 
     def _put_together(
-        self, chunk: Chunk, incoming: list[Move], received: Any, got: Any
+        self, chunk: Chunk, incoming: list[Move], received: Any, at: list[int]
     ) -> None:
+        """Write a chunk, of what begins at `at` of each rank's bytes; go on there."""
         array = self._woven[chunk.array]
         kind = np.dtype(f"V{array.itemsize}")
-        nbytes = (chunk.stop - chunk.first) * array.itemsize
+        nbytes = self._nbytes(chunk)
         elements = self._whole[:nbytes].view(kind)
-        at = displacements(got).tolist()
         for move in incoming:
             n = math.prod(move.count) * array.itemsize
             part = received[at[move.rank] : at[move.rank] + n].view(kind)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import struct
 
 import numpy as np
@@ -330,6 +331,8 @@ def test_checksum_of_one_block_is_a_whole_number(checksums):
         ),
         content(ARRAY, [["y"], "array", "<f4", [2], 4, 8, 0]),
         content(ARRAY, [["y"], "array", "<f4", [2], 0, 8, 0]),
+        # Ints of one hash: a dict of them would take minutes.
+        content(*([[n * (2**61 - 1)], "object", 0] for n in range(60_000))),
     ],
     ids=lambda hostile: str(hostile)[-50:],
 )
@@ -380,3 +383,16 @@ def test_runs_leave_out_what_other_ranks_write():
     assert list(layout.runs({10})) == [(0, b"ab" + bytes(18) + b"ef")]
     assert list(layout.runs({0, 10})) == [(20, b"ef")]
     assert list(layout.runs({0, 10, 20})) == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [range(50_000), range(0, -50_000, -1), [n << 40 for n in range(50_000)]],
+    ids=["in order", "negative", "far apart"],
+)
+def test_many_numbers_are_honest_keys(keys):
+    keys = random.Random(1).sample(keys, len(keys))
+
+    found = read(sealed(content(*([[key], "object", 0] for key in keys))))
+
+    assert [node.key for node in found.nodes[1:]] == [(key,) for key in keys]

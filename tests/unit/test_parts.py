@@ -53,7 +53,7 @@ def write_chunk(array, chunk, held, offset, target):
     """Do what `Exchange` does for one chunk: put it together and write it."""
     kind = np.dtype(f"V{array.itemsize}")
     elements = np.zeros(chunk.stop - chunk.first, kind)
-    for move in moves(array, chunk):
+    for move in moves(array, chunk, chunk.writer):
         part = np.empty(math.prod(move.count) * array.itemsize, np.uint8)
         source = held[move.rank][move.ordinal]
         source.stage_box(slices(move.start, move.count, move.origin), part)

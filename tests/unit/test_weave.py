@@ -140,7 +140,7 @@ class TestMoves:
 
         elements = np.zeros(chunk.stop - chunk.first, array.dtype)
         times = np.zeros(elements.shape, int)
-        for move in moves(woven[chunk.array], chunk):
+        for move in moves(woven[chunk.array], chunk, chunk.writer):
             box = held[move.rank][move.ordinal]
             part = box[(..., *slices(move.start, move.count, move.origin))]
             there = slice(move.at, move.at + math.prod(move.around_count))
@@ -160,7 +160,7 @@ class TestMoves:
         brought = [
             math.prod(move.count)
             for chunk in chunks(woven, nbytes)
-            for move in moves(woven[chunk.array], chunk)
+            for move in moves(woven[chunk.array], chunk, chunk.writer)
         ]
 
         assert all(n > 0 for n in brought)
@@ -169,7 +169,7 @@ class TestMoves:
     def test_moves_of_whole_rows_are_one_for_each_box(self):
         _, woven = halves((4, 8))
 
-        found = list(moves(woven, Chunk(0, 0, 8, 24)))
+        found = list(moves(woven, Chunk(0, 0, 8, 24), 0))
 
         assert [(m.rank, m.start, m.count) for m in found] == [
             (0, (1, 0), (2, 4)),
@@ -184,34 +184,58 @@ class TestMoves:
         boxes = [((0, 0), (2, 4)), ((2, 0), (2, 4))]
         woven = woven_of(0, array, (3, 2), (0, 7), boxes)
 
-        found = list(moves(woven, Chunk(0, 0, 9, 11)))
+        found = list(moves(woven, Chunk(0, 0, 9, 11), 0))
 
         assert [(m.rank, m.ordinal, m.origin) for m in found] == [(2, 7, (2, 0))]
+
+    @PROPERTY
+    @given(woven_arrays(), st.integers(1, 100))
+    def test_rank_that_does_not_write_a_chunk_is_told_of_what_it_supplies(
+        self, case, nbytes
+    ):
+        _, woven, _ = case
+        for chunk in chunks(woven, nbytes):
+            every = list(moves(woven[chunk.array], chunk, chunk.writer))
+            for rank in {move.rank for move in every} - {chunk.writer}:
+                found = list(moves(woven[chunk.array], chunk, rank))
+                assert found == [move for move in every if move.rank == rank]
 
 
 class TestRounds:
     @PROPERTY
     @given(
-        st.lists(st.integers(0, 5).map(lambda writer: Chunk(0, writer, 0, 1))),
-        st.integers(1, 8),
+        st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9))),
+        *(st.integers(1, 12), st.integers(1, 40)),
     )
-    def test_round_has_each_writer_once_and_no_more_chunks_than_allowed(
-        self, found, most
+    def test_round_keeps_within_its_limits_or_has_a_single_chunk(
+        self, drawn, of_one, of_all
     ):
-        together = list(rounds(found, most))
+        found = [Chunk(number, who, 0, 1) for number, (who, _) in enumerate(drawn)]
+        sizes = [nbytes for _, nbytes in drawn]
+
+        together = list(rounds(found, sizes, of_one=of_one, of_all=of_all))
 
         assert [chunk for part in together for chunk in part] == found
         for part in together:
-            writers = [chunk.writer for chunk in part]
-            assert 0 < len(part) <= most
-            assert len(set(writers)) == len(writers)
+            assert part
+            assert len(part) == 1 or sum(sizes[c.array] for c in part) <= of_all
+            for writer in {chunk.writer for chunk in part}:
+                own = [sizes[c.array] for c in part if c.writer == writer]
+                assert len(own) == 1 or sum(own) <= of_one
 
     def test_round_is_as_full_as_it_can_be(self):
         found = [Chunk(0, writer, 0, 1) for writer in (0, 1, 2, 0, 1, 2, 2)]
 
-        assert [len(part) for part in rounds(found, 8)] == [3, 3, 1]
-        assert [len(part) for part in rounds(found, 2)] == [2, 2, 2, 1]
-        assert list(rounds([], 8)) == []
+        def many(of_one, of_all):
+            every = rounds(found, [4] * 7, of_one=of_one, of_all=of_all)
+            return [len(part) for part in every]
+
+        assert many(4, 32) == [3, 3, 1]
+        assert many(4, 8) == [2, 2, 2, 1]
+        assert many(8, 32) == [6, 1]
+        assert many(12, 28) == [7]
+        assert many(1, 32) == [3, 3, 1]
+        assert list(rounds([], [], of_one=4, of_all=8)) == []
 
 
 class TestBudget:
