@@ -11,10 +11,10 @@ from __future__ import annotations
 import pickle
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mpisave.comms import SoloComm
-from mpisave.errors import CollectiveError, Failure, collective_class
+from mpisave.errors import CollectiveError, Failure, collective_class, show_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +37,7 @@ class _Outcome:
     """
 
     result: bytes = b""
+    where: str = ""  # what this rank has called
     error: type[CollectiveError] | None = None
     failure: Failure | None = None
 
@@ -59,7 +60,8 @@ def _run(
     comm.enter(step)
     try:
         result = action()
-        return _Outcome(pickle.dumps(result) if travels else b""), result, None
+        data = pickle.dumps(result) if travels else b""
+        return _Outcome(data, comm.where), result, None
     except BaseException as exc:
         if comm.is_over:  # all have heard of it, and nobody listens any more
             raise
@@ -74,8 +76,8 @@ def _run(
 
 
 def _raise_failed(
+    comm: Comm,
     step: str,
-    size: int,
     outcomes: Sequence[_Outcome],
     exc: BaseException | None,
 ) -> NoReturn:
@@ -87,14 +89,15 @@ def _raise_failed(
     kinds = {o.error for o in failed if o.error}
     kind = kinds.pop() if len(kinds) == 1 else CollectiveError
     first = next(iter(failures.values()))
-    if size == 1:
+    if comm.size == 1:
         message = f"{step}: {first.message}"
-    elif len(texts) == 1 and len(failures) == size:
-        message = f"{step} failed alike on all {size} ranks: {first.message}"
+    elif len(texts) == 1 and len(failures) == comm.size:
+        message = f"{step} failed alike on all {comm.size} ranks: {first.message}"
     else:
         lines = "".join(f"\n  {f}" for f in failures.values())
         message = f"{step} failed on {len(failures)} rank(s):{lines}"
     if exc is not None and not isinstance(exc, Exception):
+        comm.told(exc)
         raise exc  # KeyboardInterrupt, SystemExit: here it stays what it is
     error = kind(message, step=step, failures=failures)
     if isinstance(error, OSError):
@@ -112,10 +115,27 @@ def exchange(comm: Comm, step: str, action: Callable[[], T]) -> list[T]:
     """
     outcome, _, exc = _run(comm, step, _announced(step, action), travels=True)
     outcomes = comm.allgather(outcome)
+    _check_same_call(step, outcomes)
     if any(o.failure for o in outcomes):
-        _raise_failed(step, comm.size, outcomes, exc)
+        _raise_failed(comm, step, outcomes, exc)
     # Pickles that ranks of this job just made.
     return [pickle.loads(o.result) for o in outcomes]
+
+
+def _check_same_call(step: str, outcomes: Sequence[Any]) -> None:
+    """Refuse to go on with ranks that have called something else."""
+    places: dict[str, list[int]] = {}
+    for rank, outcome in enumerate(outcomes):
+        if type(outcome) is not _Outcome or not outcome.failure:
+            where = getattr(outcome, "where", "another step")
+            places.setdefault(where, []).append(rank)
+    if len(places) > 1:
+        every = "; ".join(f"{show_ranks(r)} in {where}" for where, r in places.items())
+        raise CollectiveError(
+            f"ranks have called different things: {every}. All ranks of comm have to "
+            f"make the same calls, in the same order.",
+            step=step,
+        )
 
 
 def on_all_ranks(comm: Comm, step: str, action: Callable[[], T]) -> T:
@@ -130,7 +150,7 @@ def _agree(comm: Comm, step: str, action: Callable[[], T]) -> T:
     outcome, result, exc = _run(comm, step, action, travels=False)
     outcomes = comm.allgather(outcome if exc else None)
     if any(outcomes):
-        _raise_failed(step, comm.size, [o for o in outcomes if o], exc)
+        _raise_failed(comm, step, [o for o in outcomes if o], exc)
     return result  # type: ignore[return-value]
 
 
@@ -209,6 +229,8 @@ def alike(comm: Comm, step: str, action: Callable[[], T]) -> T:
         On every rank, if `action` raised; of the subclass that was raised.
     """
     outcome, result, exc = _run(comm, step, action, travels=False)
+    if isinstance(exc, MemoryError) or (exc and not isinstance(exc, Exception)):
+        raise exc  # of this rank alone
     if outcome.failure:
         error = outcome.error or CollectiveError
         failures = {comm.rank: outcome.failure}
@@ -272,5 +294,5 @@ def through_coordinator(
             answers = [(None, failed)] * comm.size
     part, failed = comm.scatter(answers, root=root)
     if failed:
-        _raise_failed(step, comm.size, failed, exc)
+        _raise_failed(comm, step, failed, exc)
     return own if part is None else pickle.loads(part)  # type: ignore[return-value]

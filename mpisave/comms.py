@@ -63,8 +63,21 @@ class Comm(Protocol):
         """Whether the ranks are out of step for good."""
         ...
 
+    @property
+    def where(self) -> str:
+        """What was called, and the step of it."""
+        ...
+
     def enter(self, step: str) -> None:
         """Say what this rank is doing."""
+        ...
+
+    def hear(self) -> None:
+        """Raise if other ranks have given up, or left."""
+        ...
+
+    def told(self, exc: BaseException) -> None:
+        """Note that all ranks know of an error that this one is about to raise."""
         ...
 
     def in_step(self) -> AbstractContextManager[None]:
@@ -112,8 +125,16 @@ class SoloComm:
         """Itself: nothing lies behind it."""
         return self
 
+    where = ""
+
     def enter(self, _step: str) -> None:
         """Do nothing: nobody waits."""
+
+    def hear(self) -> None:
+        """Do nothing: nobody can have given up."""
+
+    def told(self, _exc: BaseException) -> None:
+        """Do nothing: nobody is to be told."""
 
     def in_step(self) -> AbstractContextManager[None]:
         """Do nothing: there is nobody to tell."""
@@ -177,6 +198,25 @@ class PrivateComm:
     def enter(self, step: str) -> None:
         """Say what this rank is doing, for those who wait for it in vain."""
         self.watch.enter(step)
+
+    @property
+    def where(self) -> str:
+        """What was called, and the step of it."""
+        return self.watch.where
+
+    def hear(self) -> None:
+        """Look whether other ranks have given up, or left.
+
+        Raises
+        ------
+        CollectiveTimeout, CollectiveError
+            If so.
+        """
+        self.watch.hear()
+
+    def told(self, exc: BaseException) -> None:
+        """Note that all ranks know of an error that this one is about to raise."""
+        self.watch.told(exc)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -110,6 +110,7 @@ class Watch:
         self._over: str | None = None
         self._went_on = time.monotonic()
         self._waits = False
+        self._told: BaseException | None = None
 
     @property
     def is_over(self) -> bool:
@@ -135,7 +136,19 @@ class Watch:
         self._call, self._timeout_s = call, timeout_s
         self.enter("begin")
         with watchdog(self._stuck, timeout_s if self.size > 1 else None):
-            yield
+            try:
+                yield
+            except CollectiveError:
+                raise  # all ranks have agreed on it
+            except BaseException as exc:
+                # An interrupt between two steps, say, or no memory: others would wait.
+                if exc is self._told or self.size == 1:
+                    raise
+                self.leave(exc)
+
+    def told(self, exc: BaseException) -> None:
+        """Note that all ranks know of an error that this one is about to raise."""
+        self._told = exc
 
     def enter(self, step: str) -> None:
         """Note what this rank is doing from now on."""
@@ -145,7 +158,7 @@ class Watch:
     def _stuck(self) -> tuple[float, str]:
         # A rank that waits for others sees to its deadline itself.
         seconds = 0.0 if self._waits else time.monotonic() - self._went_on
-        return seconds, f"rank {self.rank} ({self.host}) is in {self._where()},"
+        return seconds, f"rank {self.rank} ({self.host}) is in {self.where},"
 
     def wait(self, request: Any) -> None:
         """Wait for a request.
@@ -179,7 +192,7 @@ class Watch:
             if waited < _YIELDS_S:
                 os.sched_yield()
                 continue
-            self._hear()
+            self.hear(looks=1)
             if self._timeout_s is not None and waited > self._timeout_s:
                 self._call_the_roll(
                     _Roll(
@@ -201,7 +214,9 @@ class Watch:
 
     # ---- the roll
 
-    def _where(self) -> str:
+    @property
+    def where(self) -> str:
+        """What was called, and the step of it."""
         return f"{self._call}, step {self.step!r}"
 
     @property
@@ -209,18 +224,30 @@ class Watch:
         most = min(self.size, _WITNESSES)
         return [self.size * number // most for number in range(most)]
 
-    def _hear(self) -> None:
-        """Join a roll that others have called; leave with those that have left."""
+    def hear(self, looks: int = _LOOKS) -> None:
+        """Join a roll that others have called; leave with those that have left.
+
+        Parameters
+        ----------
+        looks : int
+            How often to look: the first look may only have MPI fetch what is there.
+
+        Raises
+        ------
+        CollectiveTimeout, CollectiveError
+            If others have given up, or left.
+        """
         roll = _Roll("")
-        while (message := self._receive()) is not None:
-            _note(roll, message)
+        for _ in range(looks):
+            while (message := self._receive()) is not None:
+                _note(roll, message)
         if roll.reason:
             self._call_the_roll(roll)
 
     def _call_the_roll(self, roll: _Roll) -> NoReturn:
         """Find out who is there, and raise."""
         self._over = roll.reason
-        mine = _Present(self.rank, self._where())
+        mine = _Present(self.rank, self.where)
         roll.present[self.rank] = mine
         others = [rank for rank in range(self.size) if rank != self.rank]
         is_witness = self.rank in self._witnesses
@@ -263,12 +290,12 @@ class Watch:
             _end_without_waiting()
         if isinstance(exc, CollectiveError) or not isinstance(exc, Exception):
             raise exc
-        raise CollectiveError(f"{self._where()}: {self._over}", step=self.step) from exc
+        raise CollectiveError(f"{self.where}: {self._over}", step=self.step) from exc
 
     def _error(self, roll: _Roll) -> CollectiveError:
         if roll.failure is not None:
             return CollectiveError(
-                f"{self._where()}: {roll.reason}",
+                f"{self.where}: {roll.reason}",
                 step=self.step,
                 failures={roll.failure.rank: roll.failure},
             )
@@ -276,7 +303,7 @@ class Watch:
         by_place: dict[str, list[int]] = {}
         for rank, present in sorted(roll.present.items()):
             by_place.setdefault(present.where, []).append(rank)
-        lines = [f"{self._where()}: {roll.reason}"]
+        lines = [f"{self.where}: {roll.reason}"]
         lines += [f"rank {r} ({self.hosts[r]}) did not arrive" for r in missing[:20]]
         if len(missing) > 20:
             lines.append(f"nor did {len(missing) - 20} more: {show_ranks(missing)}")

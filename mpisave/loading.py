@@ -21,13 +21,12 @@ from mpisave.errors import (
     ArgumentError,
     FileFormatError,
     StateDictError,
-    StorageError,
     show_key,
     show_ranks,
 )
-from mpisave.finding import find_index, trailer_of
-from mpisave.formats import foreign_hdf5, index, pkl
+from mpisave.formats import index, pkl
 from mpisave.formats.unpickle import unpickle
+from mpisave.opening import index_of, open_same
 from mpisave.placement import (
     MOST_READERS,
     communicator,
@@ -40,7 +39,6 @@ from mpisave.regrouping import read_regrouped
 from mpisave.selection import is_asked, listed, select
 from mpisave.sharing import read_shared
 from mpisave.skeleton import is_altered, read_part
-from mpisave.storage import Source
 from mpisave.tree import flatten
 from mpisave.wanted import HOST, All, Match, Place, is_whole, rank_of, saved_ranks
 
@@ -52,13 +50,11 @@ if TYPE_CHECKING:
 
     from mpisave.comms import Comm
     from mpisave.errors import Key
+    from mpisave.storage import Source
     from mpisave.tree import Node
     from mpisave.wanted import Want
 
 T = TypeVar("T")
-
-# As often as this, ranks open a file that is replaced while they do so.
-_MOST_TRIES = 20
 
 
 def load(
@@ -233,7 +229,7 @@ class _Load(Steps):
         self.alike("check arguments", lambda: check_same([o for o, _ in every]))
         with contextlib.ExitStack() as opened:
             # Closed also where it is another rank that cannot open it.
-            source, head = self._open_same(opened)
+            source, head = open_same(self, own, self.path, opened, index_of)
             # Files of others have no checksums.
             verify = (
                 self.options.verify and head is not None and head[1] != index.FOREIGN
@@ -280,58 +276,6 @@ class _Load(Steps):
         # Ranks with `like` and ranks without take different steps.
         given = (("path", name), ("like given", like is not None))
         return (*self.options.check(), *given), where_this_runs()
-
-    def _open_same(
-        self, opened: contextlib.ExitStack
-    ) -> tuple[Source, tuple[bytes, str] | None]:
-        """Open the file, the same on all ranks; return it and its index.
-
-        A save may put another file at the path at any moment: the index of one file
-        tells nothing of the payload of another. The index is None for a foreign pickle.
-        """
-        for _ in range(_MOST_TRIES):
-            first: list[Source] = []
-
-            def find(first: list[Source] = first) -> tuple[bytes, str] | None:
-                if self.own.rank != 0:
-                    return None
-                first.append(opened.enter_context(Source(self.path)))
-                return _index_of(first[0])
-
-            head: tuple[bytes, str] | None
-            head = self.own.bcast(self.step("read the index", find))
-
-            def open_own(first: list[Source] = first) -> tuple[int, bytes]:
-                if not first:
-                    first.append(opened.enter_context(self._open()))
-                return first[0].nbytes, trailer_of(first[0])
-
-            # Of one content, that is: the trailer has the checksum of the index, and
-            # the index those of the payload.
-            marks = self.exchange("open the file", open_own)
-            is_name = isinstance(self.path, (str, bytes, os.PathLike))
-            if len(set(marks)) == 1 or not is_name:
-                return first[0], head
-            opened.close()
-        # Alike on all ranks: each has compared the same marks.
-        raise FileFormatError(
-            f"{self.path}: {_MOST_TRIES} times, {self.own.size} ranks did not open one "
-            f"and the same file. It is replaced too often, or is not on a file system "
-            f"that all nodes share."
-        )
-
-    def _open(self) -> Source:
-        try:
-            return Source(self.path)
-        except OSError as exc:
-            if self.own.size == 1:
-                raise
-            error = StorageError(
-                f"cannot open {self.path}: {exc}. All ranks that load read it: it has "
-                f"to lie on a file system that all nodes share."
-            )
-            error.errno = exc.errno
-            raise error from exc
 
     def _foreign(self, source: Source, like: Any) -> Any:
         options = self.options
@@ -471,11 +415,3 @@ def _with_objects(source: Source, content: index.Index) -> index.Index:
     if wrong:
         raise FileFormatError(f"{wrong}. It was not executed.")
     return pkl.with_objects(source, content)
-
-
-def _index_of(source: Source) -> tuple[bytes, str] | None:
-    with naming_file(source.name):
-        head = find_index(source)
-        if head is not None and head[1] == index.FOREIGN:
-            return foreign_hdf5.inspect(source), index.FOREIGN
-        return head

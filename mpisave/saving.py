@@ -488,6 +488,8 @@ class _Call:
         whole, moved = self.part.whole, self.moved
         if not self._seals or self.target is None or whole is None:
             return None
+        # Those that waited in vain for this rank may have saved a newer file since.
+        self.own.hear()
         self.target.publish(durable=self.args.durable)
         overlapped = {"gather": moved.waited_s, "write": moved.written_s}
         payload = int(whole.merged.nbytes_of_entries().sum())

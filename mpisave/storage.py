@@ -315,6 +315,11 @@ def sees_staging_file(path: str, staging_name: str) -> bool:
     return Path(os.path.realpath(path)).with_name(staging_name).exists()
 
 
+def _open_without_waiting(name: str, flags: int) -> int:
+    # A pipe would be waited for until somebody writes to it.
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 class Source:
     """A file, or file object, that is read at offsets.
 
@@ -328,12 +333,24 @@ class Source:
         self._owned = isinstance(file, (str, bytes, os.PathLike))
         if isinstance(file, (str, bytes, os.PathLike)):
             self.name = os.fsdecode(file)
-            self._file: Any = Path(self.name).open("rb", buffering=0)  # noqa: SIM115
+            self._file: Any = open(  # noqa: SIM115 - Path.open has no opener
+                self.name, "rb", buffering=0, opener=_open_without_waiting
+            )
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                self._file.close()
+                raise StorageError(
+                    f"cannot read {self.name}: it is a device, pipe or socket"
+                )
         else:
             self.name = f"<{type(file).__name__}>"
             self._file = file
         self.nbytes = self._file.seek(0, os.SEEK_END)
         self._one_at_a_time = threading.Lock()  # a file object has one position
+
+    @property
+    def changed_ns(self) -> int:
+        """When a file was changed last; 0 for a file object."""
+        return os.fstat(self._file.fileno()).st_mtime_ns if self._owned else 0
 
     @property
     def descriptor(self) -> int | None:

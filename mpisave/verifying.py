@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -19,10 +20,10 @@ from mpisave.errors import FileFormatError, show_key
 from mpisave.finding import find_index
 from mpisave.formats import index
 from mpisave.formats.digest import array_crc32c, state_digest
+from mpisave.opening import open_same
 from mpisave.placement import MOST_READERS, communicator, threads_of, where_this_runs
 from mpisave.reading import naming_file
 from mpisave.skeleton import is_altered, read_part
-from mpisave.storage import Source
 from mpisave.threads import in_threads
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from mpisave.comms import Comm
     from mpisave.errors import Key
+    from mpisave.storage import Source
 
 T = TypeVar("T")
 
@@ -127,9 +129,10 @@ def verify(
         call = Steps(own)
         every = call.exchange("check arguments", lambda: _parse(path, timeout))
         call.alike("check arguments", lambda: check_same([given for given, _ in every]))
-        (head, *_) = call.exchange("read the index", lambda: _index(own, path))
         threads = threads_of([where for _, where in every], own.rank, MOST_READERS)
-        found = call.exchange("verify", lambda: _check(own, path, head, threads))
+        with contextlib.ExitStack() as opened:
+            source, head = open_same(call, own, path, opened, _index_of_ours)
+            found = call.exchange("verify", lambda: _check(own, source, head, threads))
         return call.alike("verify", lambda: _report(head, found))
 
 
@@ -140,18 +143,15 @@ def _parse(path: Any, timeout: Any) -> tuple[tuple[tuple[str, str | None]], Any]
     return (("path", name),), where_this_runs()
 
 
-def _index(own: Comm, path: Any) -> tuple[bytes, str] | None:
-    """Return the index and the kind of the file, which one rank reads for all."""
-    if own.rank != 0:
-        return None
-    with Source(path) as source, naming_file(source.name):
-        head = find_index(source)
-        if head is None or head[1] == index.FOREIGN:
-            raise FileFormatError(
-                "it is not of mpisave: it has no index, so there is nothing to verify "
-                "against"
-            )
-        return head
+def _index_of_ours(source: Source) -> tuple[bytes, str]:
+    """Return the index of a file, and its kind."""
+    head = find_index(source)
+    if head is None or head[1] == index.FOREIGN:
+        raise FileFormatError(
+            "it is not of mpisave: it has no index, so there is nothing to verify "
+            "against"
+        )
+    return head
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +166,9 @@ class _Found:
 
 
 def _check(
-    own: Comm, path: Any, head: tuple[bytes, str] | None, threads: int
+    own: Comm, source: Source, head: tuple[bytes, str] | None, threads: int
 ) -> _Found:
-    with Source(path) as source, naming_file(source.name):
+    with naming_file(source.name):
         content = _decode(head)
         blocks = _Blocks(content, own.rank, own.size)
         damages = sorted(blocks.check(source, threads))

@@ -509,6 +509,28 @@ def test_interrupt_on_one_rank_stays_one_and_ends_the_save_of_all(
     assert_nothing_lost(comm, old)
 
 
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_call_different_things_are_told_who_does_what(comm, old):
+    last = comm.size - 1
+
+    def call():
+        if comm.rank == last:
+            mpisave.load(old, comm=comm)
+        else:
+            save(comm, old)
+
+    for step in ["check arguments"] * 2:  # in step with each other afterwards
+        caught = assert_refused(
+            comm,
+            mpisave.CollectiveError,
+            call,
+            f"rank {last} in load, step {step!r}. All ranks of comm have to make",
+        )
+        assert " in save, step 'check arguments'; " in str(caught)
+    assert_nothing_lost(comm, old)
+    save(comm, old)
+
+
 def test_writer_that_cannot_start_is_raised_everywhere(comm, old, monkeypatch):
     error = RuntimeError("can't start new thread")
     with failing_on(comm, 0, monkeypatch, root.threading.Thread, "start", error):

@@ -20,6 +20,7 @@ from mpisave import (
     Shard,
     Shards,
     loading,
+    opening,
     regrouping,
     sharing,
     skeleton,
@@ -686,7 +687,7 @@ class TestRefusals:
     def test_rank_that_cannot_open_the_file_is_raised_everywhere(
         self, comm, whole, monkeypatch
     ):
-        last, opened, open_source = comm.size - 1, [], loading.Source
+        last, opened, open_source = comm.size - 1, [], opening.Source
 
         def open_or_fail(path):
             # The first rank opens the file before, to read the index.
@@ -696,7 +697,7 @@ class TestRefusals:
             return opened[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(loading, "Source", open_or_fail)
+            patch.setattr(opening, "Source", open_or_fail)
             caught = assert_refused(
                 comm,
                 mpisave.StorageError,
@@ -1073,7 +1074,7 @@ class TestShared:
         self, comm, shared_dir, monkeypatch
     ):
         path = put(comm, shared_dir / "x", {"x": noise(10_000, "u1")})
-        last, opened = comm.size - 1, loading.Source
+        last, opened = comm.size - 1, opening.Source
 
         class Shrunk(opened):
             def read_into(self, offset, out):
@@ -1082,7 +1083,7 @@ class TestShared:
                 return min(done, 9000 - offset) if is_payload else done
 
         with hosts(monkeypatch, comm) as patch:
-            patch.setattr(loading, "Source", Shrunk)
+            patch.setattr(opening, "Source", Shrunk)
             assert_refused(
                 comm,
                 mpisave.FileFormatError,
@@ -1234,7 +1235,7 @@ def test_file_that_is_replaced_while_ranks_open_it_is_one_state_on_all_of_them(
         put(comm, shared_dir / f"other{tag}", state(tag), **how)
         for tag in range(1, times + 1)
     ]
-    find = loading.find_index
+    find = opening.find_index
 
     def find_and_replace(source):
         found = find(source)
@@ -1242,7 +1243,7 @@ def test_file_that_is_replaced_while_ranks_open_it_is_one_state_on_all_of_them(
             others.pop(0).replace(path)
         return found
 
-    monkeypatch.setattr(loading, "find_index", find_and_replace)
+    monkeypatch.setattr(opening, "find_index", find_and_replace)
 
     found = mpisave.load(path, comm=comm)
 
@@ -1257,7 +1258,7 @@ def test_file_that_is_replaced_again_and_again_is_refused_on_all_ranks(
     from mpi4py import MPI
 
     path = put(comm, shared_dir / "state", {"a": np.zeros(1)})
-    find, many = loading.find_index, iter(range(2, 1000))
+    find, many = opening.find_index, iter(range(2, 1000))
 
     def find_and_replace(source):
         found = find(source)
@@ -1266,7 +1267,7 @@ def test_file_that_is_replaced_again_and_again_is_refused_on_all_ranks(
         other.replace(path)
         return found
 
-    monkeypatch.setattr(loading, "find_index", find_and_replace)
+    monkeypatch.setattr(opening, "find_index", find_and_replace)
 
     assert_refused(
         comm,
@@ -1274,6 +1275,38 @@ def test_file_that_is_replaced_again_and_again_is_refused_on_all_ranks(
         lambda: mpisave.load(path, comm=comm),
         "replaced too often",
     )
+
+
+@pytest.mark.parametrize("kind", ["pickle", "hdf5"])
+def test_file_of_another_program_that_is_replaced_is_one_state_on_all_of_them(
+    comm, shared_dir, monkeypatch, kind
+):
+    def put_foreign(path, tag):
+        state = {"w": np.full(50_000, tag)}
+        if comm.rank == 0 and kind == "hdf5":
+            with h5py.File(path, "w") as file:
+                file["w"] = state["w"]
+        elif comm.rank == 0:
+            path.write_bytes(pickle.dumps(state))
+        comm.Barrier()
+        return path
+
+    path = put_foreign(shared_dir / "state", 0)
+    others = [put_foreign(shared_dir / "other", 1)]
+    find = opening.find_index
+
+    def find_and_replace(source):
+        found = find(source)
+        if others:
+            others.pop().replace(path)
+        return found
+
+    monkeypatch.setattr(opening, "find_index", find_and_replace)
+
+    found = mpisave.load(path, comm=comm)
+
+    tag = int(comm.size > 1)
+    on_each(comm, lambda: assert_equal_states(found, {"w": np.full(50_000, tag)}))
 
 
 @pytest.mark.mpi(min_size=2)

@@ -101,6 +101,32 @@ def test_damage_in_the_parts_of_all_ranks_is_named_to_every_rank(comm, path):
     on_each(comm, check)
 
 
+def test_file_that_is_replaced_meanwhile_is_verified_as_it_was_or_is(
+    comm, path, shared_dir, monkeypatch
+):
+    other = shared_dir / "other"
+    if comm.rank == 0:
+        from mpi4py import MPI
+
+        mpisave.save({"y": np.arange(99)}, other, comm=MPI.COMM_SELF)
+    comm.Barrier()
+    find = verifying.find_index
+
+    def find_and_replace(source):
+        found = find(source)
+        if other.exists():
+            other.replace(path)
+        return found
+
+    monkeypatch.setattr(verifying, "find_index", find_and_replace)
+
+    report = mpisave.verify(path, comm=comm)
+
+    # One rank has the old file open still.
+    is_new = comm.size > 1
+    assert_on_all_ranks(comm, (report.payload_nbytes == 99 * 8) == is_new, report)
+
+
 def test_damage_that_only_one_rank_reads_is_raised_on_all(comm, path):
     data = path.read_bytes()
     comm.Barrier()

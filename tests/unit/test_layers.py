@@ -25,7 +25,7 @@ ROWS = (
     ("parts", "wanted", "selection"),
     # What is read for all ranks is checked as what each reads for itself.
     ("reading", "finding", "skeleton"),
-    ("sharing", "regrouping"),
+    ("sharing", "regrouping", "opening"),
     ("moving",),
     ("saving", "loading", "verifying"),
     ("bench", "testing"),

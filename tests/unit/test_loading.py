@@ -10,7 +10,7 @@ import pytest
 from helpers import MIXED, assert_equal_states
 
 import mpisave
-from mpisave import loading
+from mpisave import opening
 from mpisave.errors import FileFormatError, MpisaveError
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
@@ -287,13 +287,13 @@ def test_file_that_is_replaced_between_index_and_payload_loads_as_it_was(
     # With the same keys elsewhere in the file.
     other = tmp_path / "other"
     other.write_bytes(saved({"b": np.full(9, 2.5), "a": np.arange(7)}, False))
-    find = loading.find_index
+    find = opening.find_index
 
     def find_and_replace(source):
         found = find(source)
         other.replace(path)
         return found
 
-    monkeypatch.setattr(loading, "find_index", find_and_replace)
+    monkeypatch.setattr(opening, "find_index", find_and_replace)
 
     assert_equal_states(mpisave.load(path, **how), old)

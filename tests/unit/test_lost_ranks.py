@@ -209,6 +209,44 @@ os._exit(0)
     assert found.told[0]["failures"] == found.told[2]["failures"] == [1]
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "MemoryError"])
+def test_rank_that_fails_between_two_steps_tells_the_others(job, error):
+    found = job(
+        f"""
+from mpisave import saving
+class Fails:
+    def __init__(self, *_, **__):
+        raise {error}
+if comm.rank == 1:
+    saving.Mover = Fails
+told(lambda: save(timeout=60))
+time.sleep(2)
+os._exit(0)
+"""
+    )
+
+    kinds = [t["type"] for t in found.told]
+    mine = error if error == "KeyboardInterrupt" else "CollectiveError"
+    assert kinds == ["CollectiveError", mine, "CollectiveError"]
+    assert all(t["seconds"] < 5 for t in found.told)
+    assert found.told[0]["failures"] == found.told[2]["failures"] == [1]
+
+
+def test_save_that_was_given_up_is_not_published_later(job):
+    found = job(
+        """
+with testing.fault("publish", rank=0, action=testing.delay(6)):
+    told(lambda: save(gather_to=0))
+time.sleep(6 if comm.rank else 0)
+os._exit(0)
+"""
+    )
+
+    assert [t["type"] for t in found.told] == ["CollectiveTimeout"] * 3
+    left = pickle.loads((found.folder / "x.params").read_bytes())
+    assert list(left) == ["shared"]
+
+
 def test_groups_of_which_a_rank_is_stopped_wait_once(job):
     found = job(
         """

@@ -417,3 +417,12 @@ class TestSource:
 
         assert named._file.closed
         assert not buffer.closed
+
+
+def test_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(StorageError, match="device, pipe or socket"):
+        Source(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        Source(tmp_path)
