@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mpisave.comms import Comm
     from mpisave.formats.base import Format
     from mpisave.merging import Merged
+    from mpisave.plan import Woven
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
@@ -308,6 +309,9 @@ class _Call:
         is_first = structures.index(structures[self.comm.rank]) == self.comm.rank
         mine = self.description
         limits = budget(self.args.max_nbytes, has_device=self.has_device)
+        root = self.roots[0] if self.roots else 0
+        # Of all ranks, and needed by all: sent once, not with the part of each.
+        woven: list[list[Woven]] = []
 
         def combine(sent: list[tuple[Any, Any]]) -> list[Part]:
             full = {first.structure: first for first, _ in sent if first is not None}
@@ -323,20 +327,27 @@ class _Call:
                 replicas=self.args.replicas,
                 chunk_nbytes=limits.chunk_nbytes,
             )
+            woven.extend(file.woven for file in parts[root].files)
             for part in parts:
-                if part.whole is not None:
-                    self._warn_of_opaque(part.whole.merged)
-                    break
+                for file in part.files:
+                    file.woven = []
+            if (whole := parts[root].whole) is not None:
+                self._warn_of_opaque(whole.merged)
             return parts
 
-        return through_coordinator(
+        part = through_coordinator(
             self.comm,
             "plan",
             # Ranks that hold the same keys need not all say which.
             lambda: (mine if is_first else None, mine.boxes),
             combine,
-            root=self.roots[0] if self.roots else 0,
+            root=root,
         )
+        for file, of_all in zip(
+            part.files, self.comm.bcast(woven, root=root), strict=True
+        ):
+            file.woven = of_all
+        return part
 
     def _facts(self) -> dict[str, str]:
         import mpisave

@@ -918,6 +918,25 @@ class TestPlans:
             assert_on_all_ranks(comm, max(others) <= 2000 + 4 * n, f"{others} bytes")
 
     @pytest.mark.mpi(min_size=2)
+    def test_boxes_of_columns_are_sent_once_and_travel_in_few_rounds(
+        self, comm, shared_dir
+    ):
+        n, x = 300, numbers((8, 4 * comm.size), "f4")
+        (box,) = (
+            b for i, b in enumerate(grid(x.shape, (1, comm.size))) if i == comm.rank
+        )
+        state = {f"x{i}": held_boxes(x + i, [box]) for i in range(n)}
+
+        report = save(comm, shared_dir / "x", state)
+
+        found = pickle.loads((shared_dir / "x").read_bytes())
+        assert_equal_states(found, {f"x{i}": x + i for i in range(n)})
+        assert_on_all_ranks(comm, report.rounds == 1, f"{report.rounds} rounds")
+        # Of each box: rank, ordinal, and start and length along two axes.
+        most = n * (72 * comm.size + 300)
+        assert_on_all_ranks(comm, report.metadata_nbytes < most, report)
+
+    @pytest.mark.mpi(min_size=2)
     def test_second_save_of_a_structure_asks_no_coordinator(
         self, comm, shared_dir, monkeypatch
     ):
