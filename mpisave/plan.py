@@ -40,6 +40,9 @@ MAX_COUNT = 2**31 - 1
 # docs/performance.md.
 ROUND_NBYTES = 16 * 2**20
 
+# Of a box that several ranks hold, each supplies a part if that is as long.
+_LARGE_NBYTES = 4 * 2**20
+
 # Boxes that lie in the file in shorter runs than this are exchanged among the ranks
 # first: a call of pwrite for each would cost more than the exchange.
 SHORTEST_RUN_NBYTES = 256 * 2**10
@@ -206,7 +209,10 @@ def cut(
         if ((runs < total) & (runs * itemsize < SHORTEST_RUN_NBYTES)).any():
             woven.append(supply)
         else:
-            parts.append(_runs(supply, runs, total))
+            pieces = _runs(supply, runs, total)
+            if share:
+                pieces = _split_large(pieces, total // runs, boxes)
+            parts.append(pieces)
     pieces = Pieces.join(parts)
     if merged.sharded or share:
         pieces = pieces.take(np.lexsort((pieces.within, pieces.entry)))
@@ -254,24 +260,81 @@ def _shared(holdings: Sequence[Holding], nbytes: Column) -> list[Pieces]:
 def _split(entries: Column, nbytes: Column, held: Sequence[Holding]) -> Pieces:
     """Cut one run of arrays into as many parts of equal length as there are holders."""
     ranks = np.sort(np.concatenate([holding.ranks for holding in held]))
-    ends = np.cumsum(nbytes)
-    begins = ends - nbytes
-    cuts = ends[-1] * np.arange(1, len(ranks)) // len(ranks)
-    item = np.searchsorted(ends, cuts, side="right")
-    # On a block of the checksums, so that none of them is made of two.
-    cuts = begins[item] + (cuts - begins[item]) // BLOCK_NBYTES * BLOCK_NBYTES
-    edges = np.unique(np.concatenate([[0], ends, cuts]))
-    first = edges[:-1]
-    item = np.searchsorted(ends, first, side="right")
-    rank = ranks[np.searchsorted(cuts, first, side="right")]
-    ordinal = np.zeros(len(first), np.int64)
+    item, part, within, many = _even_parts(np.zeros_like(nbytes), nbytes, len(ranks))
+    rank = ranks[part]
+    ordinal = np.zeros(len(item), np.int64)
     for holding in held:
         mine = np.isin(rank, holding.ranks)
         by_entry = np.argsort(holding.entries)
         place = np.searchsorted(holding.entries[by_entry], entries[item[mine]])
         ordinal[mine] = holding.ordinals[by_entry[place]]
-    within = first - begins[item]
-    return Pieces(entries[item], rank, ordinal, within, within, np.diff(edges))
+    return Pieces(entries[item], rank, ordinal, within, within, many)
+
+
+def _even_parts(
+    within: Column, nbytes: Column, parts: int
+) -> tuple[Column, Column, Column, Column]:
+    """Cut a run of items into parts of equal length, on blocks of the checksums.
+
+    Parameters
+    ----------
+    within, nbytes : ndarray of int64
+        Where each item begins in its array, and its bytes.
+    parts : int
+        How many.
+
+    Returns
+    -------
+    item, part, first, many : ndarray of int64
+        Of each piece: which item it is cut from, which part it is in, its first byte in
+        the item, and its bytes.
+    """
+    ends = np.cumsum(nbytes)
+    begins = ends - nbytes
+    cuts = ends[-1] * np.arange(1, parts) // parts
+    item = np.searchsorted(ends, cuts, side="right")
+    # So that no block is made of two, unless an item begins within one.
+    at = (within[item] + cuts - begins[item]) // BLOCK_NBYTES * BLOCK_NBYTES
+    cuts = begins[item] + np.maximum(at - within[item], 0)
+    edges = np.unique(np.concatenate([[0], ends, cuts]))
+    first = edges[:-1]
+    item = np.searchsorted(ends, first, side="right")
+    part = np.searchsorted(cuts, first, side="right")
+    return item, part, first - begins[item], np.diff(edges)
+
+
+def _split_large(pieces: Pieces, many: Column, boxes: Boxes) -> Pieces:
+    """Have all holders of a large box supply an even part of it.
+
+    Parameters
+    ----------
+    pieces : Pieces
+        Of all distinct boxes of one array, each supplied by one of its holders.
+    many : ndarray of int64
+        How many of them each box has.
+    boxes : Boxes
+        With all holders.
+    """
+    which = np.repeat(np.arange(len(many)), many)
+    nbytes = np.bincount(which, weights=pieces.nbytes, minlength=len(many))
+    holders = np.bincount(boxes.box, minlength=len(many))
+    is_large = (holders > 1) & (nbytes >= holders * _LARGE_NBYTES)
+    parts = [pieces.take(~is_large[which])]
+    for number in np.flatnonzero(is_large).tolist():
+        mine = pieces.take(which == number)
+        found = np.flatnonzero(boxes.box == number)
+        item, part, first, length = _even_parts(mine.within, mine.nbytes, len(found))
+        parts.append(
+            Pieces(
+                mine.entry[item],
+                boxes.ranks[found[part]],
+                boxes.ordinals[found[part]],
+                mine.start[item] + first,
+                mine.within[item] + first,
+                length,
+            )
+        )
+    return Pieces.join(parts)
 
 
 def _suppliers(boxes: Boxes, root: int | None, *, share: bool, turn: int) -> Column:
@@ -281,7 +344,7 @@ def _suppliers(boxes: Boxes, root: int | None, *, share: bool, turn: int) -> Col
         _, firsts, holders = np.unique(
             boxes.box[order], return_index=True, return_counts=True
         )
-        # Whole boxes in turn: there are many, and they are of about one size.
+        # Whole boxes in turn, if they are not large: there are many then.
         return order[firsts + (np.arange(len(firsts)) + turn) % holders]
     is_root = boxes.ranks == root
     order = np.argsort(~is_root, kind="stable")

@@ -113,6 +113,7 @@ def cut_small(merged, **given):
     """Cut with small blocks, and runs of few bytes counted as long."""
     with pytest.MonkeyPatch.context() as patch, small_blocks(BLOCK):
         patch.setattr(plan, "SHORTEST_RUN_NBYTES", 12)
+        patch.setattr(plan, "_LARGE_NBYTES", 8)
         return cut(merged, **given)
 
 
@@ -327,6 +328,23 @@ class TestShare:
             "b": [(1, 2 * BLOCK), (2, 2 * BLOCK)],
             "own": [(2, 4 * BLOCK)],
         }
+
+    def test_large_box_is_supplied_in_even_parts(self):
+        x = np.zeros((3, 2**23), np.uint8)
+        part = Shard(x[1:], x.shape, (1, 0))
+        states = [
+            {"x": Shard(x[:1], x.shape, (0, 0)), "y": 0},
+            {"x": part},
+            {"x": part},
+        ]
+        merged, _ = described(states)
+
+        pieces, _ = cut(merged, share=True)
+
+        assert pieces.rank.tolist() == [0, 1, 2]
+        assert pieces.within.tolist() == [0, 2**23, 2**24]
+        assert pieces.start.tolist() == [0, 0, 2**23]
+        assert pieces.nbytes.tolist() == [2**23] * 3
 
     def test_replicas_of_boxes_are_supplied_in_turn(self):
         array = np.zeros((8, 2**18), np.uint8)
