@@ -1,4 +1,4 @@
-"""Readers while others save, and two jobs that save to one path."""
+"""Who loads or verifies while others save, and two jobs that save to one path."""
 
 import multiprocessing
 import shutil
@@ -43,7 +43,7 @@ def _watch(count, case, scratch, jobs_of):
         multiprocessing.Process(
             target=_load_on, args=(case, place.path, tags, load, stop, results)
         )
-        for load in ("mpisave", "stock")
+        for load in ("mpisave", "stock", "verify")
     ]
     for loader in loaders:
         loader.start()
@@ -83,6 +83,9 @@ def _load_on(case, path, tags, kind, stop, results):
     while not stop.is_set():
         loads += 1
         try:
+            if kind == "verify":
+                seen.add(mpisave.verify(path).digest)
+                continue
             is_mpisave = kind == "mpisave"
             state = mpisave.load(path) if is_mpisave else states.stock_load(case, path)
             seen.add(int(state["replica"][0]))
