@@ -113,6 +113,8 @@ class StagedFile:
 
     def _check_final(self) -> int:
         """Refuse what no file can be renamed to; return the mode to create with."""
+        if self.name.endswith("/"):
+            raise StorageError(f"cannot save to {self.name}: it names a directory")
         with naming_path("save to", self.name):
             if not self._final.parent.is_dir():
                 raise StorageError(

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpisave import collective, room
@@ -58,6 +59,20 @@ STEPS_OF_LOAD = (
 )
 
 
+@dataclass(slots=True)
+class Fault:
+    """What `fault` gives.
+
+    Attributes
+    ----------
+    happened : bool
+        Whether it has happened on this rank. A call may not come to a step: one whose
+        plan is kept makes none.
+    """
+
+    happened: bool = False
+
+
 @contextlib.contextmanager
 def fault(
     step: str,
@@ -65,7 +80,7 @@ def fault(
     rank: int,
     action: Callable[[], None],
     comm: MPI.Intracomm | None = None,
-) -> Iterator[None]:
+) -> Iterator[Fault]:
     """Have something happen the next time that a rank comes to a step. Independent.
 
     Every rank may use it alike: it does nothing on the others. One fault at a time.
@@ -83,6 +98,11 @@ def fault(
     comm : mpi4py.MPI.Intracomm, optional
         As for `mpisave.save`.
 
+    Yields
+    ------
+    Fault
+        Whether it has happened.
+
     Raises
     ------
     ArgumentError
@@ -97,17 +117,16 @@ def fault(
         raise ArgumentError(f"rank is {rank!r}: there are {own.size}, from 0")
     if collective.before_action is not None:
         raise ArgumentError("a fault is waiting already: one at a time")
-    is_waiting = own.rank == rank
+    found = Fault()
 
     def happen(name: str) -> None:
-        nonlocal is_waiting
-        if is_waiting and name == step:
-            is_waiting = False
+        if own.rank == rank and name == step and not found.happened:
+            found.happened = True
             action()
 
     collective.before_action = happen
     try:
-        yield
+        yield found
     finally:
         collective.before_action = None
         room.is_full = False

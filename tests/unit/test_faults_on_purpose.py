@@ -91,11 +91,20 @@ def test_delay_is_as_long_as_it_says(tmp_path):
 def test_it_happens_once(tmp_path):
     calls = []
 
-    with testing.fault("plan", rank=0, action=lambda: calls.append(1)):
+    with testing.fault("plan", rank=0, action=lambda: calls.append(1)) as fault:
+        assert not fault.happened
         mpisave.save(STATE, tmp_path / "x")
         mpisave.save(STATE, tmp_path / "x")
 
     assert calls == [1]
+    assert fault.happened
+
+
+def test_fault_tells_that_no_call_came_to_its_step(tmp_path):
+    with testing.fault("exchange", rank=0, action=lambda: None) as fault:
+        mpisave.save(STATE, tmp_path / "x")
+
+    assert not fault.happened
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,8 @@ def test_directory_as_path_is_refused(tmp_path):
     with pytest.raises(StorageError, match="folder: it is a directory"):
         mpisave.save(STATE, tmp_path / "folder")
 
+    with pytest.raises(StorageError, match="new/: it names a directory"):
+        mpisave.save(STATE, f"{tmp_path}/new/")
     assert files_in(tmp_path) == ["folder"]
     assert files_in(tmp_path / "folder") == []
 
