@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,12 @@ _PLAIN_NAME = re.compile(r"[<>|=][biufc][0-9]{1,2}")
 _DLPACK_CPU = 1
 # Its codes of memory of CUDA: of a device, and managed.
 _DLPACK_CUDA = (2, 13)
+# Dtypes of torch that NumPy does not take by DLPack, and integers as wide.
+_TORCH_BITS = {
+    "torch.bfloat16": "int16",
+    "torch.float8_e4m3fn": "int8",
+    "torch.float8_e5m2": "int8",
+}
 
 
 @dataclass(slots=True)
@@ -216,12 +223,17 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
         obj, (bool, int, float, complex, str, bytes, bytearray, np.generic)
     ):
         return None
+    torch = sys.modules.get("torch")
+    is_tensor = torch is not None and isinstance(obj, torch.Tensor)
+    if is_tensor:
+        obj = obj.detach()  # type: ignore[attr-defined]
     if hasattr(obj, "__cuda_array_interface__"):
         return _on_device(obj, name)
     if hasattr(obj, "__dlpack_device__") and hasattr(obj, "__dlpack__"):
         kind = int(obj.__dlpack_device__()[0])
         if kind == _DLPACK_CPU:
-            return _on_host(np.from_dlpack(obj), name)
+            array = _of_tensor(obj, torch) if is_tensor else np.from_dlpack(obj)
+            return _on_host(array, name)
         if kind in _DLPACK_CUDA:
             return _on_device(obj, name)
         raise TypeError(
@@ -233,6 +245,16 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     except TypeError:
         return None
     return _on_host(np.asarray(buffer), name)
+
+
+def _of_tensor(tensor: Any, torch: Any) -> npt.NDArray[Any]:
+    """Return the memory of a tensor as an array: of the dtype that ml_dtypes has."""
+    kind = str(tensor.dtype)
+    if kind not in _TORCH_BITS:
+        return np.from_dlpack(tensor)
+    bits: npt.NDArray[Any]
+    bits = np.from_dlpack(tensor.view(getattr(torch, _TORCH_BITS[kind])))
+    return bits.view(dtype_from_name(kind.removeprefix("torch.")))
 
 
 def _on_device(obj: Any, name: str) -> HeldArray:

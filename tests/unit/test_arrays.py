@@ -4,6 +4,7 @@ import array
 import ctypes
 import math
 import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,29 @@ NUMPY_DTYPES = [
     for code in (f"<{kind}", f">{kind}")
 ]
 DTYPES = [*NUMPY_DTYPES, np.dtype("g"), np.dtype("G"), *ML_DTYPES]
+
+
+class FakeTensor:
+    """What mpisave uses of a tensor of torch on the host."""
+
+    def __init__(self, array, dtype, *, is_detached=False):
+        self.array, self.dtype, self.is_detached = array, dtype, is_detached
+
+    def detach(self):
+        return FakeTensor(self.array, self.dtype, is_detached=True)
+
+    def view(self, dtype):
+        return FakeTensor(self.array.view(dtype), dtype, is_detached=True)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        if not self.is_detached:
+            raise RuntimeError("Can't export tensors that require gradient")
+        if str(self.dtype).startswith("torch."):
+            raise RuntimeError("Unsupported dtype in DLTensor.")
+        return self.array.__dlpack__(**options)
 
 
 class DLPackArray:
@@ -181,6 +205,24 @@ def test_object_that_only_dlpack_reads_is_an_array():
 
     assert (held.dtype, held.shape, held.library) == (made.dtype, (3, 4), None)
     assert np.shares_memory(held.view(0, 48), made)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_tensor_that_requires_a_gradient_is_read_and_filled_where_it_lies(
+    monkeypatch, name
+):
+    torch = types.SimpleNamespace(Tensor=FakeTensor, int8=np.int8, int16=np.int16)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    memory = np.array([[1.5, -2], [0.5, 4]], dtype)
+
+    held = held_array(FakeTensor(memory.T, f"torch.{name}"))
+    plain = held_array(FakeTensor(np.arange(3.0), np.dtype(float)))
+
+    assert (held.dtype, held.shape) == (dtype, (2, 2))
+    assert held.source.tolist() == memory.T.tolist()
+    assert held.source.ctypes.data == memory.ctypes.data
+    assert plain.source.tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("kind", [2, 13], ids=["device", "managed"])
