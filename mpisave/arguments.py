@@ -34,7 +34,7 @@ _NAMES = (
     "comm",
 )
 # As str.format would fill it in, with zeros in front if these are asked for.
-_RANK = re.compile(r"\{rank(?::(0?[1-9]?d?))?\}")
+_RANK = re.compile(r"\{rank(?::(0[1-9]d?|d))?\}")
 
 # Longer than a slow file system takes for what one rank writes; shorter than a night.
 DEFAULT_TIMEOUT_S = 600.0
@@ -135,6 +135,10 @@ def parse(path: object, size: int, given: Mapping[str, Any]) -> Arguments:
     if is_name and not (isinstance(text, str) and text and "\0" not in text):
         raise ArgumentError(
             f"path is {path!r}: it is a non-empty str or os.PathLike, without NUL"
+        )
+    if isinstance(text, str) and "{rank" in _RANK.sub("", text):
+        raise ArgumentError(
+            f"path is {path!r}: a rank is written {{rank}}, or {{rank:05d}} with zeros"
         )
     if not is_name and not has_file and path is not None:
         raise ArgumentError(

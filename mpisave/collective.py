@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 U = TypeVar("U")
+V = TypeVar("V")
 
 # Set by `testing`: called with the name of a step when this rank begins it.
 before_action: Callable[[str], None] | None = None
@@ -150,7 +151,13 @@ def _agree(comm: Comm, step: str, action: Callable[[], T]) -> T:
     outcome, result, exc = _run(comm, step, action, travels=False)
     outcomes = comm.allgather(outcome if exc else None)
     if any(outcomes):
-        _raise_failed(comm, step, [o for o in outcomes if o], exc)
+        failed = [o for o in outcomes if o and o.failure]
+        if not failed:  # a result, to one who expects none
+            other = next(o for o in outcomes if o)
+            raise CollectiveError(
+                f"other ranks have called something else: {other.where}", step=step
+            )
+        _raise_failed(comm, step, failed, exc)
     return result  # type: ignore[return-value]
 
 
@@ -243,22 +250,23 @@ def through_coordinator(
     comm: Comm,
     step: str,
     action: Callable[[], T],
-    combine: Callable[[list[T]], Sequence[U]],
+    combine: Callable[[list[T]], tuple[Sequence[U], V]],
     *,
     root: int,
-) -> U:
+) -> tuple[U, V]:
     """Run `action` on every rank, `combine` on one, and hand each its part. Collective.
 
     Parameters
     ----------
     comm : Comm
-        Two collectives: one gather, one scatter.
+        Three collectives: a gather, a scatter, a broadcast.
     step : str
         What the error says has failed.
     action : callable
         What each rank contributes.
     combine : callable
-        Called on `root` with the contributions in rank order; returns one part a rank.
+        Called on `root` with the contributions in rank order; returns one part a rank,
+        and what all of them get.
     root : int
         The coordinator.
 
@@ -269,30 +277,32 @@ def through_coordinator(
     """
     outcome, _, exc = _run(comm, step, _announced(step, action), travels=True)
     outcomes = comm.gather(outcome, root=root)
-    answers: list[tuple[bytes | None, list[_Outcome]]] | None = None
-    own: U | None = None
+    answers: list[tuple[bytes, list[_Outcome]]] | None = None
+    own: list[U] = []
+    common = b""
+
+    def prepare(sent: list[_Outcome]) -> tuple[list[bytes], U, bytes]:
+        parts, of_all = combine([pickle.loads(o.result) for o in sent])
+        # The coordinator's own part, often the largest, stays.
+        data = [b"" if r == root else pickle.dumps(p) for r, p in enumerate(parts)]
+        return data, parts[root], pickle.dumps(of_all)
+
     if outcomes is not None:
         failed = [o for o in outcomes if o.failure]
         if not failed:
-            merged, parts, exc = _run(
-                comm,
-                step,
-                lambda: [
-                    # The coordinator's own part, often the largest, stays.
-                    (None, part) if rank == root else (pickle.dumps(part), None)
-                    for rank, part in enumerate(
-                        combine([pickle.loads(o.result) for o in outcomes])
-                    )
-                ],
-                travels=False,
+            merged, made, exc = _run(
+                comm, step, lambda: prepare(outcomes), travels=False
             )
             failed = [merged] if merged.failure else []
-            if parts is not None:
-                own = parts[root][1]
-            answers = [(part, failed) for part, _ in parts or ()]
+            if made is not None:
+                data, mine, common = made
+                own.append(mine)
+                answers = [(part, failed) for part in data]
         if failed:
-            answers = [(None, failed)] * comm.size
+            answers = [(b"", failed)] * comm.size
     part, failed = comm.scatter(answers, root=root)
     if failed:
         _raise_failed(comm, step, failed, exc)
-    return own if part is None else pickle.loads(part)  # type: ignore[return-value]
+    common = comm.bcast(common, root=root)
+    # Last: a rank that has no memory for these is not waited for in vain.
+    return (own[0] if own else pickle.loads(part)), pickle.loads(common)

@@ -135,16 +135,18 @@ class Watch:
             )
         self._call, self._timeout_s = call, timeout_s
         self.enter("begin")
-        with watchdog(self._stuck, timeout_s if self.size > 1 else None):
-            try:
+        try:
+            with watchdog(self._stuck, timeout_s if self.size > 1 else None):
                 yield
-            except CollectiveError:
-                raise  # all ranks have agreed on it
-            except BaseException as exc:
-                # An interrupt between two steps, say, or no memory: others would wait.
-                if exc is self._told or self.size == 1:
-                    raise
-                self.leave(exc)
+        except CollectiveError:
+            raise  # all ranks have agreed on it
+        except BaseException as exc:
+            # An interrupt between two steps, say, or no memory: others would wait.
+            if exc is self._told or self.size == 1:
+                raise
+            self.leave(exc)
+        finally:
+            self._told = None
 
     def told(self, exc: BaseException) -> None:
         """Note that all ranks know of an error that this one is about to raise."""
@@ -181,8 +183,8 @@ class Watch:
             _ABANDONED.append(request)
             self.leave(exc)
         finally:
-            self._waits = False
             self._went_on = time.monotonic()
+            self._waits = False
 
     def _wait_long(self, request: Any) -> None:
         began = time.monotonic()

@@ -271,8 +271,8 @@ class _Load(Steps):
         if self.options.into == "inplace" and like is None:
             raise ArgumentError("into='inplace' needs like= to read into")
         name = None
-        if isinstance(self.path, (str, os.PathLike)):
-            name = os.fsdecode(os.fspath(self.path))
+        if isinstance(self.path, (str, bytes, os.PathLike)):
+            name = os.fsdecode(self.path)
         # Ranks with `like` and ranks without take different steps.
         given = (("path", name), ("like given", like is not None))
         return (*self.options.check(), *given), where_this_runs()

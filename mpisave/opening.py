@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # As often as this, ranks open a file that is replaced while they do so.
 _MOST_TRIES = 20
 
-# Of a file of another program: by its ends it is told from another of its length.
-_END_NBYTES = 2**16
+# Of a file of another program: so many parts, of so many bytes, tell it from another.
+_PARTS, _PART_NBYTES = 64, 4096
 
 
 def open_same(
@@ -75,11 +75,11 @@ def open_same(
         ) -> tuple[Any, ...]:
             if not first:
                 first.append(opened.enter_context(_open(own, path)))
-            return _mark(first[0], head)
+            is_name = isinstance(path, (str, bytes, os.PathLike))
+            return is_name, _mark(first[0], head)
 
-        marks = steps.exchange("open the file", open_own)
-        is_name = isinstance(path, (str, bytes, os.PathLike))
-        if len(set(marks)) == 1 or not is_name:
+        every = steps.exchange("open the file", open_own)
+        if len(set(every)) == 1 or not all(is_name for is_name, _ in every):
             return first[0], head
         opened.close()
     # Alike on all ranks: each has compared the same marks.
@@ -109,9 +109,11 @@ def _mark(source: Source, head: tuple[bytes, str] | None) -> tuple[Any, ...]:
     if head is not None and head[1] != index.FOREIGN:
         # The trailer has the checksum of the index, the index those of the payload.
         return source.nbytes, trailer_of(source)
-    ends = (0, max(0, source.nbytes - _END_NBYTES))
-    sums = [crc32c(source.read(start, _END_NBYTES)) for start in ends]
-    return source.nbytes, source.changed_ns, *sums
+    # Not by its time: each node may have a copy of its own.
+    value, last = 0, max(0, source.nbytes - _PART_NBYTES)
+    for number in range(_PARTS + 1):
+        value = crc32c(source.read(last * number // _PARTS, _PART_NBYTES), value)
+    return source.nbytes, value
 
 
 def index_of(source: Source) -> tuple[bytes, str] | None:

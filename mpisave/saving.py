@@ -310,10 +310,10 @@ class _Call:
         mine = self.description
         limits = budget(self.args.max_nbytes, has_device=self.has_device)
         root = self.roots[0] if self.roots else 0
-        # Of all ranks, and needed by all: sent once, not with the part of each.
-        woven: list[list[Woven]] = []
 
-        def combine(sent: list[tuple[Any, Any]]) -> list[Part]:
+        def combine(
+            sent: list[tuple[Any, Any]],
+        ) -> tuple[list[Part], list[list[Woven]]]:
             full = {first.structure: first for first, _ in sent if first is not None}
             descriptions = [
                 full[structure].with_boxes(boxes)
@@ -327,15 +327,16 @@ class _Call:
                 replicas=self.args.replicas,
                 chunk_nbytes=limits.chunk_nbytes,
             )
-            woven.extend(file.woven for file in parts[root].files)
+            if (whole := parts[root].whole) is not None:
+                self._warn_of_opaque(whole.merged)
+            # Boxes of all ranks, which all need: sent once, not with the part of each.
+            woven = [file.woven for file in parts[root].files]
             for part in parts:
                 for file in part.files:
                     file.woven = []
-            if (whole := parts[root].whole) is not None:
-                self._warn_of_opaque(whole.merged)
-            return parts
+            return parts, woven
 
-        part = through_coordinator(
+        part, woven = through_coordinator(
             self.comm,
             "plan",
             # Ranks that hold the same keys need not all say which.
@@ -343,10 +344,8 @@ class _Call:
             combine,
             root=root,
         )
-        for file, of_all in zip(
-            part.files, self.comm.bcast(woven, root=root), strict=True
-        ):
-            file.woven = of_all
+        for file, boxes in zip(part.files, woven, strict=True):
+            file.woven = boxes
         return part
 
     def _facts(self) -> dict[str, str]:

@@ -343,16 +343,13 @@ class Source:
                 raise StorageError(
                     f"cannot read {self.name}: it is a device, pipe or socket"
                 )
+            # Lustre gives up reads of such a file where another node has it locked.
+            os.set_blocking(self._file.fileno(), True)
         else:
             self.name = f"<{type(file).__name__}>"
             self._file = file
         self.nbytes = self._file.seek(0, os.SEEK_END)
         self._one_at_a_time = threading.Lock()  # a file object has one position
-
-    @property
-    def changed_ns(self) -> int:
-        """When a file was changed last; 0 for a file object."""
-        return os.fstat(self._file.fileno()).st_mtime_ns if self._owned else 0
 
     @property
     def descriptor(self) -> int | None:

@@ -266,10 +266,16 @@ class Match(_Wants):
         return rebuild(self._result)
 
     def whole(self, stored: Stored) -> Any:
-        """Return an array for all of a stored one: in place, that of `like`."""
+        """Return an array for all of a stored one: that of `like`, if it fits.
+
+        It may have had another size on the rank that saved it.
+        """
         value = self._inside.get(stored.key)
         held = None if value is None else _held(Node(stored.key, "leaf", value))
-        if held is None:
+        what = stored.dtype, stored.shape
+        if held is None or what != (held.dtype, held.shape):
+            return super().whole(stored)
+        if not _is_writable(value, held):
             return super().whole(stored)
         return self._array(stored.key, value, held, (0,) * len(held.shape), stored)
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _END_S = 1.0
+# A thread can wait for some centuries at most.
+_LONGEST_S = 3600.0
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def watchdog(
 
     def watch() -> None:
         left = after_s
-        while not is_over.wait(max(left, 0.01)):
+        while not is_over.wait(min(max(left, 0.01), _LONGEST_S)):
             seconds, what = stuck()
             left = after_s - seconds
             if left <= 0:
@@ -46,11 +48,10 @@ def watchdog(
 
     # As long as the GIL is free, which it is in calls of the system.
     thread = threading.Thread(target=watch, name="mpisave watchdog", daemon=True)
-    with suppress(
-        RuntimeError, MemoryError
-    ):  # no more threads: the call can do without
-        thread.start()
     try:
+        # Where there are no more threads, the call does without.
+        with suppress(RuntimeError, MemoryError):
+            thread.start()
         yield
     finally:
         is_over.set()

@@ -324,6 +324,38 @@ class TestGroups:
 
         assert_nothing_lost(comm, old)
 
+    @pytest.mark.mpi(min_size=3)
+    def test_group_of_which_a_rank_cannot_take_its_plan_goes_on_afterwards(
+        self, comm, shared_dir, monkeypatch
+    ):
+        last = comm.size - 1
+        path = shared_dir / f"group{int(comm.rank < 2)}"
+        state = {f"own{comm.rank}": np.ones(3)}
+        loads, calls = pickle.loads, []
+
+        def fail(data):
+            calls.append(1)
+            found = loads(data)
+            if isinstance(found, parts.Part):
+                raise MemoryError("injected")
+            return found
+
+        with monkeypatch.context() as patch:
+            if comm.rank == 1:
+                patch.setattr("mpisave.collective.pickle.loads", fail)
+            assert_refused(
+                comm,
+                mpisave.CollectiveError,
+                lambda: save(comm, path, state),
+                "injected",
+            )
+
+        save(comm, path, state)
+        if comm.rank in (0, last):
+            found = sorted(loads(path.read_bytes()))
+            mine = range(2) if comm.rank == 0 else range(2, comm.size)
+            assert found == [f"own{rank}" for rank in mine]
+
     @pytest.mark.mpi(min_size=2)
     def test_rank_in_the_path_makes_each_rank_a_group(self, comm, shared_dir):
         state = {"x": held_boxes(np.full(2, comm.rank), grid((2,), (2,)))}

@@ -295,8 +295,7 @@ def test_other_path_is_refused(path):
 def test_rank_is_filled_into_the_path():
     assert parsed("r{rank}/{rank}.pkl").filled_path(12) == "r12/12.pkl"
     assert parsed("x{rank:05d}.pkl").filled_path(12) == "x00012.pkl"
-    assert parsed("x{rank:3}|{rank:d}").filled_path(12) == "x 12|12"
-    assert parsed("{rank:x}").filled_path(12) == "{rank:x}"
+    assert parsed("x{rank:d}.pkl").filled_path(12) == "x12.pkl"
     assert parsed("{other}.pkl").filled_path(12) == "{other}.pkl"
     assert parsed(None).filled_path(0) is None
 
@@ -370,3 +369,9 @@ def test_no_path_at_all_is_refused(gather_to):
 
     with pytest.raises(ArgumentError, match="path on rank 0 is None"):
         check_alike([nothing, nothing])
+
+
+@pytest.mark.parametrize("path", ["{rank:3}", "x{rank:10d}", "{rank!r}", "{rank"])
+def test_rank_that_would_not_be_filled_in_is_refused(path):
+    with pytest.raises(ArgumentError, match=r"or \{rank:05d\} with zeros"):
+        parsed(path)

@@ -387,8 +387,11 @@ def test_runs_leave_out_what_other_ranks_write():
 
 @pytest.mark.parametrize(
     "keys",
-    [range(50_000), range(0, -50_000, -1), [n << 40 for n in range(50_000)]],
-    ids=["in order", "negative", "far apart"],
+    [
+        *(range(50_000), range(0, -50_000, -1)),
+        *([n << shift for n in range(50_000)] for shift in (40, 48, 70)),
+    ],
+    ids=["in order", "negative", "far apart", "further", "beyond 64 bits"],
 )
 def test_many_numbers_are_honest_keys(keys):
     keys = random.Random(1).sample(keys, len(keys))
