@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
 from typing import TYPE_CHECKING, Any
 
-from mpisave.checksum import crc32c
 from mpisave.errors import FileFormatError, StorageError
 from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index
@@ -112,7 +112,8 @@ def _mark(source: Source, head: tuple[bytes, str] | None) -> tuple[Any, ...]:
     # Not by its time: each node may have a copy of its own.
     value, last = 0, max(0, source.nbytes - _PART_NBYTES)
     for number in range(_PARTS + 1):
-        value = crc32c(source.read(last * number // _PARTS, _PART_NBYTES), value)
+        part = source.read(last * number // _PARTS, _PART_NBYTES)
+        value = zlib.crc32(part, value)
     return source.nbytes, value
 
 
