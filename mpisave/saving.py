@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from mpisave.storage import Target
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Plans that are kept with a communicator: parameters and moments, and a pair to spare.
 _MOST_PLANS = 4
@@ -240,14 +242,16 @@ class _Call:
         every = exchange(
             self.own, "describe the state dict", lambda: self._describe(state)
         )
-        digests = [pair for pair, _ in every]
         self.has_device = any(has_device for _, has_device in every)
+        self.digests = self._of_group([digests for digests, _ in every])
+
+    def _of_group(self, column: list[T]) -> list[T]:
+        """Return what is of the ranks that save together with this one."""
+        if self.roots is not None:
+            return column
         mine = self.sealers[self.own.rank]
-        if self.roots is None:
-            digests = [
-                d for d, s in zip(digests, self.sealers, strict=True) if s == mine
-            ]
-        self.digests = digests
+        pairs = zip(column, self.sealers, strict=True)
+        return [item for item, sealer in pairs if sealer == mine]
 
     def _describe(self, state: object) -> tuple[tuple[bytes, bytes], bool]:
         described, held, description = describe(
@@ -452,10 +456,8 @@ class _Call:
                     self.target.close()  # it may fail, and flushes on some systems
                 return
             if every is not None:
-                mine = self.sealers[self.own.rank]
-                group = zip(self.hosts, self.sealers, strict=True)
-                hosts = [h for h, s in group if self.roots or s == mine]
-                whole.check_replicas([digests for digests, *_ in every], hosts)
+                found = [digests for digests, *_ in every]
+                whole.check_replicas(found, self._of_group(self.hosts))
             data = index.encode(
                 whole.merged,
                 whole.layout,

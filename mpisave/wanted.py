@@ -234,8 +234,8 @@ class Match(_Wants):
         self._inside: dict[Key, Any] = {}
         own: Key | None = None
         every = list(flatten(like, rank))
-        if in_place:
-            apart = {node.key for node in every if node.kind == "per_rank"}
+        apart = {node.key for node in every if node.kind == "per_rank"}
+        if in_place and apart:
             self._inside = {
                 node.key: node.value
                 for node in every
@@ -272,10 +272,11 @@ class Match(_Wants):
         """
         value = self._inside.get(stored.key)
         held = None if value is None else _held(Node(stored.key, "leaf", value))
-        what = stored.dtype, stored.shape
-        if held is None or what != (held.dtype, held.shape):
-            return super().whole(stored)
-        if not _is_writable(value, held):
+        if (
+            held is None
+            or (held.dtype, held.shape) != (stored.dtype, stored.shape)
+            or not _is_writable(value, held)
+        ):
             return super().whole(stored)
         return self._array(stored.key, value, held, (0,) * len(held.shape), stored)
 

@@ -23,7 +23,8 @@ def watchdog(
     """Give a context in which this process writes its stacks if it is stuck. Once.
 
     A rank that a file system or a device holds cannot raise. The others give it up and
-    name it; where it is, only itself can tell.
+    name it; where it is, only itself can tell. Not by the timer of faulthandler: there
+    is one for each process, and it may be the caller's.
 
     Parameters
     ----------
