@@ -693,7 +693,7 @@ def write_all(folder, names):
     return files
 
 
-def load_all(folder):
+def load_each(paths):
     """Load each file; print what came of it, and keep what was loaded."""
     import mpisave
     from mpisave.errors import FileFormatError
@@ -702,7 +702,7 @@ def load_all(folder):
     sys.addaudithook(
         lambda event, args: opened.append(str(args[0])) if event == "open" else None
     )
-    for path in sorted(Path(folder).glob("*.hostile")):
+    for path in paths:
         opened.clear()
         began = time.monotonic()
         try:
@@ -750,15 +750,15 @@ def read_by_h5py(path):
         return state_of(file)
 
 
-def compare_all(folder):
-    """Print the files that h5py reads otherwise than they were loaded."""
-    for path in sorted(Path(folder).glob("*.loaded")):
-        state = pickle.loads(path.read_bytes())
+def compare_each(paths):
+    """Print whether h5py reads each file as it was loaded."""
+    for path in paths:
+        state = pickle.loads(path.with_suffix(".loaded").read_bytes())
         try:
-            same = equal(state, read_by_h5py(path.with_suffix(".hostile")))
+            same = equal(state, read_by_h5py(path))
         except Exception as exc:
             same = f"h5py: {exc!r}"
-        print(json.dumps([path.with_suffix(".hostile").name, same]), flush=True)
+        print(json.dumps(same), flush=True)
 
 
 def equal(state, other):
@@ -777,4 +777,5 @@ def equal(state, other):
 
 if __name__ == "__main__":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    {"load": load_all, "compare": compare_all}[sys.argv[1]](sys.argv[2])
+    todo = (Path(line.rstrip("\n")) for line in sys.stdin)
+    {"load": load_each, "compare": compare_each}[sys.argv[1]](todo)
