@@ -7,6 +7,7 @@ nonblocking ones, started in the same order on all ranks.
 from __future__ import annotations
 
 import pickle
+import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from mpisave.deadlines import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 _Bytes = npt.NDArray[np.uint8]
@@ -354,9 +355,11 @@ class PrivateComm:
         if colors not in self._parts:
             part: PrivateComm | SoloComm = SoloComm()
             if len(set(colors)) < self.size:
-                # There is no nonblocking Split: all are here when it begins.
+                # All are here when it begins; then a rank can only stop or die in it.
                 self.wait(self.raw.Ibarrier())
-                part = PrivateComm(self.raw.Split(mine, self.rank), self.watch)
+                split = _InThread(lambda: self.raw.Split(mine, self.rank))
+                self.wait(split)
+                part = PrivateComm(split.result, self.watch)
             self._parts[colors] = part
         return self._parts[colors]
 
@@ -368,6 +371,42 @@ class PrivateComm:
             if isinstance(part, PrivateComm):
                 part.free()
         self.raw.Free()
+
+
+class _InThread:
+    """A call of MPI that has no nonblocking kind: to be waited for as requests are.
+
+    A thread of its own makes it, where MPI allows threads to call it at the same time;
+    elsewhere this one does, and waits for as long as it takes.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        from mpi4py import MPI
+
+        self.result: Any = None
+        self._call = call
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, name="mpisave MPI call", daemon=True
+        )
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            self._thread.start()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._call()
+        except BaseException as exc:  # noqa: BLE001 - Test raises it
+            self._failed = exc
+
+    def Test(self) -> bool:  # noqa: N802 - as mpi4py's requests have it
+        """Return whether it is done; raise what it has raised."""
+        if self._thread.is_alive():
+            return False
+        if self._failed is not None:
+            raise self._failed
+        return True
 
 
 def _bytes(data: npt.NDArray[Any]) -> list[Any]:

@@ -148,8 +148,8 @@ def merge(descriptions: Sequence[Description]) -> Merged:
     groups: dict[bytes, list[int]] = {}
     for rank, description in enumerate(descriptions):
         groups.setdefault(description.structure, []).append(rank)
-    table = _Table()
-    numbers = [table.add(descriptions[r[0]], r[0]) for r in groups.values()]
+    table = _Table(descriptions)
+    numbers = [table.add(ranks[0]) for ranks in groups.values()]
     is_array = np.array([what[0] == "array" for what in table.what], bool)[table.which]
     entry_of = np.cumsum(is_array) - 1
     keys = list(itertools.compress(table.keys, is_array))
@@ -179,7 +179,8 @@ def merge(descriptions: Sequence[Description]) -> Merged:
 class _Table:
     """Keys as they come, and what each stands for."""
 
-    def __init__(self) -> None:
+    def __init__(self, descriptions: Sequence[Description]) -> None:
+        self._descriptions = descriptions
         self.keys: list[Key] = []
         self.what: list[What] = []
         self._known: dict[Key, int] = {}
@@ -200,8 +201,9 @@ class _Table:
             self._shapes = {e: tuple(self.what[n][1][1]) for e, n in enumerate(numbers)}
         return self._shapes[entry]
 
-    def add(self, description: Description, rank: int) -> npt.NDArray[np.int64]:
+    def add(self, rank: int) -> npt.NDArray[np.int64]:
         """Add the keys of a rank; return the number of each."""
+        description = self._descriptions[rank]
         remap = np.empty(len(description.what), np.int64)
         for place, what in enumerate(description.what):
             remap[place] = self._numbers.setdefault(what, len(self._numbers))
@@ -227,7 +229,9 @@ class _Table:
             node = int(ids[place])
             known = Described(self.keys[node], *self.what[self._which[node]])
             other = Described(self.keys[node], *self.what[which[place]])
-            _check_same(int(self._ranks[node]), known, rank, other)
+            if not _is_same_object(known, other):
+                both = ((int(self._ranks[node]), known), (rank, other))
+                _refuse_difference(both, self._descriptions)
         return ids
 
 
@@ -358,34 +362,43 @@ def _refuse_boxes(
     )
 
 
-def _check_same(rank: int, node: Described, other_rank: int, other: Described) -> None:
-    """Refuse two nodes of one key that differ."""
-    if node.kind == other.kind == "object" and _is_same_object(node, other):
-        return
+def _refuse_difference(
+    both: Sequence[tuple[int, Described]], descriptions: Sequence[Description]
+) -> NoReturn:
+    """Say what two ranks have under one key."""
+    node = both[0][1]
     advice = {
         "array": "Save them under different keys, or cast them to one dtype and shape",
         "object": "Small objects are saved once: make them equal on every rank, or "
         "save them under different keys",
     }.get(node.kind, "Save them under different keys")
+    first, second = (
+        f"{_show(node, descriptions[rank])} on rank {rank}" for rank, node in both
+    )
     raise StateDictError(
-        f"{show_key(node.key)} differs between ranks: {_show(node)} on rank {rank}, "
-        f"{_show(other)} on rank {other_rank}. {advice}."
+        f"{show_key(node.key)} differs between ranks: {first}, {second}. {advice}."
     )
 
 
 def _is_same_object(node: Described, other: Described) -> bool:
     """Return whether objects with different pickles are equal: sets, say."""
-    if node.type_name != other.type_name:
+    if not node.kind == other.kind == "object" or node.type_name != other.type_name:
         return False
     # Pickles that ranks of this job just made from objects in their own memory.
     return bool(pickle.loads(node.detail) == pickle.loads(other.detail))
 
 
-def _show(node: Described) -> str:
+def _show(node: Described, description: Description) -> str:
     if node.kind == "array":
         name, shape = node.detail
         dtype = dtype_from_name(name)
-        return f"an array of dtype {dtype.name} ({name}) and shape {tuple(shape)}"
+        boxes = description.boxes_of(node.key)
+        some = "".join(f", box {show_box(*box)}" for box in boxes[:4])
+        more = f" and {len(boxes) - 4} more," if len(boxes) > 4 else "," * bool(boxes)
+        return (
+            f"an array of dtype {dtype.name} ({name}) and shape {tuple(shape)}"
+            f"{some}{more}"
+        )
     if node.kind == "object":
         text = repr(pickle.loads(node.detail))
         return f"{text[:80] + '...' * (len(text) > 80)} ({node.type_name})"

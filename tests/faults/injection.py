@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 
 # What Python offers to change a directory or what is in a file. fallocate it does not.
 NAMES = (
@@ -106,8 +107,19 @@ class FileCalls:
                 setattr(old_pathlib, name, call)
 
 
+LATE_S = 0.3
+
+
 def _act(fault):
     """Do at a step what a fault is."""
+    from mpisave import testing
+
+    if fault == "late":
+        time.sleep(LATE_S)
+        return
+    if fault == "full":
+        testing.full_disk()()
+        return
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stop":
@@ -123,7 +135,7 @@ def _act(fault):
 
 @contextlib.contextmanager
 def at_step(step, fault, victim, me, fired=None):
-    """Have a fault at the beginning of a step of save, on one rank."""
+    """Have a fault at the beginning of a step, on one rank."""
     from mpisave import testing
 
     def act():

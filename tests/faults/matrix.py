@@ -1,11 +1,15 @@
-"""The matrix of docs/reliability.md: step, fault, disk, load, what each rank raises."""
+"""The matrices of docs/reliability.md: what comes of each fault at each step."""
 
+import functools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import errors
 import jobs
 import killing
 import states
+import waiting
+from injection import LATE_S
 from report import Count
 
 BEGIN = "<!-- matrix: written by tests/faults/run.py --markdown -->"
@@ -35,46 +39,91 @@ ORDER = (
     "gather and write",
     *COMMON[6:],
 )
-FAULTS = {"ENOSPC": "an OSError", "memory": "a MemoryError", "kill": "SIGKILL"}
+SIZE = 2
+# What happens within a job that lives on, and what ends it.
+SURVIVED = {
+    "ENOSPC": "an OSError",
+    "memory": "a MemoryError",
+    "full": "a full disk",
+    "late": f"{LATE_S} s late",
+}
+FATAL = {"kill": "SIGKILL", "stop": "SIGSTOP"}
+# A load writes nothing.
+SURVIVED_BY_LOAD = {f: name for f, name in SURVIVED.items() if f != "full"}
+
+KINDS = {"ENOSPC": "StorageError", "memory": "CollectiveError"}
+NOTHING = "nothing"
+ENDED = "nothing: the launcher ends the job"
+
+TIMEOUT_S = 1.0
+# Jobs at a time: of the time of one, most is waiting.
+JOBS = 4
+ALONE = {"token": False, "one_thread": False}
+
+OF_READING = (
+    "Of reading, what each rank raises. The file stays as it was, byte for byte, and "
+    "the next call gives the state."
+)
 
 # (step, fault) to what was seen, of all formats, roads and victims.
 _SEEN = {}
+# (call, step, fault) to what was raised, of all formats and victims.
+_RAISED = {}
 
 
 def count(options):
     """Have every fault at every step, on the first rank and on the last."""
     _SEEN.clear()
-    size = 2
-    for case in states.cases([size], options.formats, options.roads):
-        total = Count(f"faults at steps: {case}")
+    _RAISED.clear()
+    for case in states.cases([SIZE], options.formats, options.roads):
+        total = Count(f"faults at steps of save: {case}")
         place = killing.Place(case, options.scratch, "matrix")
         old = place.work / "old"
         old.write_bytes(place.old)
-        _raise(total, place, str(old))
-        for step in STEPS[case.road]:
-            for victim in (0, size - 1):
-                _kill(total, place, step, victim)
-        yield total
+        _survive(total, place, str(old))
         shutil.rmtree(place.work)
+        faults = [(s, f, v) for s in STEPS[case.road] for f in FATAL for v in (0, 1)]
+        _at_once(total, faults, functools.partial(_end, options, case))
+        yield total
+    for case in states.cases([SIZE], options.formats, options.roads[:1]):
+        total = Count(f"faults at steps of load and verify: {case.format}")
+        place = killing.Place(case, options.scratch, "matrix")
+        steps = _survive_loading(total, place)
+        shutil.rmtree(place.work)
+        faults = [(c, s, f, v) for c, s in steps for f in FATAL for v in (0, 1)]
+        _at_once(total, faults, functools.partial(_end_loading, options, case))
+        yield total
+
+
+def _at_once(total, faults, end):
+    """Have each fault in a job of its own, several at a time."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        counts = pool.map(lambda item: end(item[0], *item[1]), enumerate(faults))
+        for part in counts:
+            total.take(part)
 
 
 def _note(step, fault, road, disk, load, raises):
     _SEEN.setdefault((step, fault), set()).add((road, disk, load, raises))
 
 
-def _disk(left):
+def _disk(found, left):
+    if found == "new":
+        return "the new file"
     return "the old file" + (" and a staging file" if left else "")
 
 
-def _raise(total, place, old):
+def _raised_by(lines):
+    types = sorted({str(line["type"] or NOTHING) for line in lines})
+    return " or ".join(types)
+
+
+# ---- save
+
+
+def _survive(total, place, old):
     case = place.case
-    faults = [
-        (step, fault, victim)
-        for step in STEPS[case.road]
-        for fault in FAULTS
-        for victim in (0, case.size - 1)
-        if fault != "kill"
-    ]
+    faults = [(s, f, v) for s in STEPS[case.road] for f in SURVIVED for v in (0, 1)]
     request = place.request(task="steps", faults=faults, old=old, token=False)
     ended = jobs.run(place.work, case.size, request, deadline_s=180)
     if ended.code != 0:
@@ -82,53 +131,125 @@ def _raise(total, place, old):
     for lines in zip(*(lines[1:] for lines in ended.lines), strict=False):
         first = lines[0]
         step, fault, victim = (first[k] for k in ("step_of_fault", "fault", "victim"))
-        kind = "StorageError" if fault == "ENOSPC" else "CollectiveError"
-        is_fired = lines[victim]["fired"]
-        problem = "" if is_fired else "the step was not reached"
-        problem = problem or errors.judge(case, lines, None, [victim], kind)
-        # Nothing holds back the rank that publishes once another one is at fault.
-        is_published = first["found"] == "new" and step == "publish" and victim
-        if not problem and first["found"] != "old" and not is_published:
-            problem = f"on the disk: {first['found']}"
+        problem = "" if lines[victim]["fired"] else "the step was not reached"
+        problem = problem or _judge(case, lines, step, fault, victim)
         what = f"{case}, rank {victim}, {step}, {fault}"
         total.add(what, problem or errors.judge_state(first))
-        raises = " or ".join(sorted({str(line["type"]) for line in lines}))
-        load = f"the {first['found']} state"
-        disk = "the new file" if is_published else _disk(first["left"])
-        _note(step, fault, case.road, disk, load, raises)
+        found = first["found"]
+        disk = _disk(found, first["left"])
+        _note(step, fault, case.road, disk, f"the {found} state", _raised_by(lines))
 
 
-def _kill(total, place, step, victim):
-    case = place.case
-    place.reset()
-    request = place.request(
-        task="step", step=step, fault="kill", victim=victim, token=False
+def _judge(case, lines, step, fault, victim):
+    """Return what is wrong with what was raised, or with the file; or nothing."""
+    found = lines[0]["found"]
+    if fault == "late" or (fault == "full" and not any(ln["type"] for ln in lines)):
+        # Who writes nothing any more is not kept from saving by a full disk.
+        raised = [line["type"] for line in lines if line["type"]]
+        return f"raised {raised}" if raised else "" if found == "new" else found
+    problem = errors.judge(
+        case, lines, None, [victim], KINDS.get(fault, "StorageError")
     )
-    ended = jobs.run(place.work, case.size, request)
-    what = f"{case}, rank {victim}, {step}, SIGKILL"
-    if ended.code == 0 or ended.is_hung:
-        total.add(what, f"exit {ended.code}: {ended.output}")
-        return
+    # Nothing holds back the rank that publishes once another one is at fault.
+    is_published = found == "new" and step == "publish" and victim
+    if not problem and found != "old" and not is_published:
+        problem = f"on the disk: {found}"
+    return problem
+
+
+def _end(options, case, number, step, fault, victim):
+    total = Count("")
+    place = killing.Place(case, options.scratch, f"matrix{number}")
+    about = {"step": step, "fault": fault, "victim": victim}
+    request = place.request(task="step", **about, **ALONE)
+    problem, raises = _problem_of(fault, place, request, victim)
     found, left = states.which(case, place.path), place.left_behind()
-    reported = [line for lines in ended.lines for line in lines if "type" in line]
-    raises = "nothing: the launcher ends the job"
-    if reported:
-        raises = " or ".join(sorted({str(line["type"]) for line in reported}))
-    # Killed at the publication, a rank that does not publish loses nothing.
-    disk = "the new file" if found == "new" else _disk(left)
-    _note(step, "kill", case.road, disk, f"the {found} state", raises)
-    problem = "" if found in ("old", "new") else found
+    # At the publication, a rank that does not publish loses nothing.
+    disk = _disk(found, left)
+    _note(step, fault, case.road, disk, f"the {found} state", raises)
+    problem = problem or ("" if found in ("old", "new") else found)
+    what = f"{case}, rank {victim}, {step}, {fault}"
     total.add(what, problem or place.next_save(total))
+    shutil.rmtree(place.work)
+    return total
 
 
-def table():
-    """Return the matrix as Markdown."""
+def _problem_of(fault, place, request, victim):
+    """Run a job that a fault ends; return what is wrong, and what ranks have raised."""
+    size = place.case.size
+    if fault == "stop":
+        job = jobs.Job(place.work, size, request | {"timeout": TIMEOUT_S})
+        lines = waiting.what_others_raise(job, [r for r in range(size) if r != victim])
+        raises = _raised_by(lines)
+        is_right = len(lines) == size - 1 and raises == "CollectiveTimeout"
+        return "" if is_right else f"the others raised {raises}", raises
+    ended = jobs.run(place.work, size, request)
+    reported = [line for lines in ended.lines for line in lines if "type" in line]
+    problem = ""
+    if ended.code == 0 or ended.is_hung:
+        problem = f"exit {ended.code}: {ended.output}"
+    return problem, _raised_by(reported) if reported else ENDED
+
+
+# ---- load and verify
+
+
+def _survive_loading(total, place):
+    """Return the calls and their steps."""
+    case = place.case
+    faults = list(SURVIVED_BY_LOAD)
+    request = place.request(task="loads", faults=faults, token=False)
+    ended = jobs.run(place.work, case.size, request, deadline_s=180)
+    if ended.code != 0:
+        total.add(str(case), f"exit {ended.code}: {ended.output}")
+    steps = []
+    for lines in zip(*(lines[1:] for lines in ended.lines), strict=False):
+        first = lines[0]
+        if "steps" in first:
+            steps += [(first["call"], step) for step in first["steps"]]
+            continue
+        names = ("call", "step_of_fault", "fault", "victim")
+        call, step, fault, victim = (first[name] for name in names)
+        problem = "" if lines[victim]["fired"] else "the step was not reached"
+        if fault == "late":
+            raised = [line["type"] for line in lines if line["type"]]
+            problem = problem or (f"raised {raised}" if raised else "")
+        else:
+            problem = problem or errors.judge(case, lines, None, [victim], KINDS[fault])
+        if not problem and any(line["next"] for line in lines):
+            problem = f"the next {call} raised {[line['next'] for line in lines]}"
+        total.add(f"{case}, rank {victim}, {call}, {step}, {fault}", problem)
+        _RAISED.setdefault((call, step, fault), set()).add(_raised_by(lines))
+    if place.path.read_bytes() != place.old:
+        total.add(str(case), "the file is another one")
+    return steps
+
+
+def _end_loading(options, case, number, call, step, fault, victim):
+    total = Count("")
+    place = killing.Place(case, options.scratch, f"matrix{number}")
+    about = {"call": call, "step": step, "fault": fault, "victim": victim}
+    request = place.request(task="load_step", **about, **ALONE)
+    problem, raises = _problem_of(fault, place, request, victim)
+    if place.path.read_bytes() != place.old or place.left_behind():
+        problem = problem or "the folder is not as it was"
+    total.add(f"{case}, rank {victim}, {call}, {step}, {fault}", problem)
+    _RAISED.setdefault((call, step, fault), set()).add(raises)
+    shutil.rmtree(place.work)
+    return total
+
+
+# ---- Markdown
+
+
+def tables():
+    """Return the matrices as Markdown."""
     lines = [
         "| step | fault | on the disk afterwards | `load` gives | each rank raises |",
         "|---|---|---|---|---|",
     ]
     for step in ORDER:
-        for fault, name in FAULTS.items():
+        for fault, name in (SURVIVED | FATAL).items():
             seen = _SEEN.get((step, fault))
             if not seen:
                 continue
@@ -139,14 +260,26 @@ def table():
                 for column in (1, 2, 3)
             ]
             lines.append(f"| {step}{where} | {name} | {' | '.join(cells)} |")
+    faults = SURVIVED_BY_LOAD | FATAL
+    lines += ["", OF_READING, ""]
+    lines += [
+        f"| call | step | {' | '.join(faults.values())} |",
+        "|---" * (2 + len(faults)) + "|",
+    ]
+    for call, step in dict.fromkeys(key[:2] for key in _RAISED):
+        cells = [
+            " or ".join(sorted(_RAISED.get((call, step, fault), {"?"})))
+            for fault in faults
+        ]
+        lines.append(f"| `{call}` | {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def put_into(page):
-    """Put the matrix between its markers in a page of the documentation."""
+    """Put the matrices between their markers in a page of the documentation."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{page} has no place for the matrix: add {BEGIN!r}, {END!r}")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}")

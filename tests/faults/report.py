@@ -25,6 +25,14 @@ class Count:
         else:
             self.passed += 1
 
+    def take(self, other):
+        """Add what another one has counted."""
+        self.tried += other.tried
+        self.passed += other.passed
+        self.misses += other.misses
+        for fact, number in other.facts.items():
+            self.tally(fact, number)
+
     def tally(self, fact, number=1):
         self.facts[fact] = self.facts.get(fact, 0) + number
 

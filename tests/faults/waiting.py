@@ -68,9 +68,7 @@ def _stop(options, name, python):
             place = killing.Place(case, options.scratch, "waiting")
             job = _start(place, "SIGSTOP", victim, python)
             others = [rank for rank in range(case.size) if rank != victim]
-            lines = _lines_of(job, others)
-            job.kill()
-            job.wait()
+            lines = what_others_raise(job, others)
             raised = [line["type"] for line in lines]
             slowest = max([slowest, *(line["seconds"] for line in lines)])
             problem = "" if raised == ["CollectiveTimeout"] * len(others) else raised
@@ -82,16 +80,17 @@ def _stop(options, name, python):
     return total
 
 
-def _lines_of(job, ranks):
-    """Return what these ranks have reported of the save, as soon as all have."""
+def what_others_raise(job, ranks):
+    """Return what these ranks report as soon as all have; then end the job."""
     until = time.monotonic() + TIMEOUT_S + 20
-    while time.monotonic() < until:
+    found = []
+    while time.monotonic() < until and not (found and all(found)):
+        time.sleep(0.05)
         found = [
             [line for line in lines if "type" in line]
             for rank, lines in enumerate(job.lines())
             if rank in ranks
         ]
-        if all(found):
-            return [lines[-1] for lines in found]
-        time.sleep(0.05)
+    job.kill()
+    job.wait()
     return [lines[-1] for lines in found if lines]

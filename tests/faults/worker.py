@@ -154,6 +154,17 @@ def do_steps(me):
         me.say(**about, fired=bool(fired), **worker_faults.aftermath(me), **result)
 
 
+def do_load_step(me):
+    """Load, or verify, with a fault at a step of one rank."""
+    import worker_loads
+
+    request = me.request
+    call = worker_loads.calls(me)[request["call"]]
+    with injection.at_step(request["step"], request["fault"], request["victim"], me):
+        result = me.outcome(call)
+    me.say(**result)
+
+
 def main():
     folder = Path(sys.argv[1])
     me = Rank(folder)
@@ -163,7 +174,7 @@ def main():
         secrets.token_hex = lambda nbytes=32: "5a" * nbytes
     if me.request.get("one_thread"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    if task in ("faults", "scenarios"):
+    if task in ("faults", "scenarios", "loads"):
         importlib.import_module(f"worker_{task}").do(me)
     else:
         globals()[f"do_{task}"](me)

@@ -267,6 +267,25 @@ raise told(lambda: mpisave.save(state, f"x.{comm.rank // 3}", timeout=2))
     assert_timed_out(found.told, [0], 4, within_s=5.5)
 
 
+def test_rank_that_is_stopped_while_groups_are_made_is_named(job):
+    found = job(
+        """
+from mpisave import comms
+in_thread = comms._InThread
+def stopped(call):
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return in_thread(call)
+comms._InThread = stopped
+path = "x.params" if comm.rank < 2 else "y.params"
+exc = told(lambda: mpisave.save(state, path, timeout=2))
+raise exc
+"""
+    )
+
+    assert_timed_out(found.told, [1], 3)
+
+
 def test_deadline_of_a_step_that_reads_together_names_that_step(job):
     found = job(
         """

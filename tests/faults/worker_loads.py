@@ -1,0 +1,52 @@
+"""Faults at the steps of load and verify, one after another, within one job."""
+
+import injection
+import states
+
+import mpisave
+
+
+def calls(me):
+    """Return calls that read the file, by what they are called in the docs."""
+    timeout = me.request.get("timeout", 60)
+    options = {"comm": me.comm, "timeout": timeout}
+    like = me.state(states.NEW)
+    return {
+        "load(like=)": lambda: mpisave.load(me.path, like=like, **options),
+        "load": lambda: mpisave.load(me.path, **options),
+        "verify": lambda: mpisave.verify(me.path, **options),
+    }
+
+
+def do(me):
+    """Report a line for each fault, and the steps of each call before."""
+    for name, call in calls(me).items():
+        steps = steps_of(me, call)
+        me.say(call=name, steps=steps)
+        for step in steps:
+            for fault in me.request["faults"]:
+                for victim in range(me.size):
+                    _fail(me, name, call, step, fault, victim)
+
+
+def steps_of(me, call):
+    """Return the steps that a call comes to, in order."""
+    from mpisave import collective
+
+    names = []
+    collective.before_action = names.append
+    try:
+        call()
+    finally:
+        collective.before_action = None
+    return me.comm.bcast(list(dict.fromkeys(names)))
+
+
+def _fail(me, name, call, step, fault, victim):
+    fired = []
+    with injection.at_step(step, fault, victim, me, fired):
+        result = me.outcome(call)
+    me.comm.Barrier()
+    again = me.outcome(call)
+    about = {"call": name, "step_of_fault": step, "fault": fault, "victim": victim}
+    me.say(**about, fired=bool(fired), next=again["type"], **result)
