@@ -8,7 +8,7 @@ from mpisave.errors import FileFormatError
 from mpisave.formats import hdf5, index, pkl
 
 if TYPE_CHECKING:
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PICKLE_PROTO = b"\x80"

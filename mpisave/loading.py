@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from mpisave.comms import Comm
     from mpisave.errors import Key
-    from mpisave.storage import Source
+    from mpisave.source import Source
     from mpisave.tree import Node
     from mpisave.wanted import Want
 

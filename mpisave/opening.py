@@ -10,7 +10,7 @@ from mpisave.errors import FileFormatError, StorageError
 from mpisave.finding import find_index, trailer_of
 from mpisave.formats import foreign_hdf5, index
 from mpisave.reading import naming_file
-from mpisave.storage import Source
+from mpisave.source import Source
 
 if TYPE_CHECKING:
     import contextlib

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mpisave.devices import DeviceLibrary
     from mpisave.formats.index import Stored
     from mpisave.shards import Point
-    from mpisave.storage import Source
+    from mpisave.source import Source
     from mpisave.wanted import Want
 
 # Blocks that one call reads; also what a thread stages.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mpisave.comms import Comm
     from mpisave.errors import Key
     from mpisave.formats.index import Stored
-    from mpisave.storage import Source
+    from mpisave.source import Source
     from mpisave.wanted import Want
     from mpisave.weave import Move
 

@@ -18,7 +18,7 @@ from mpisave.reading import check_blocks, naming_file
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mpisave.storage import Source
+    from mpisave.source import Source
     from mpisave.wanted import Want
 
 # Bytes that are in memory beside the arrays.

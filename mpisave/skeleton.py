@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mpisave.formats.index import Index
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 # Bytes that are read at a time.
 _WINDOW_NBYTES = 2**20

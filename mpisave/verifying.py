@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from mpisave.comms import Comm
     from mpisave.errors import Key
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 T = TypeVar("T")
 

@@ -90,7 +90,7 @@ _codecs.lookup codecs.open codecs.encode collections.namedtuple
 collections.defaultdict collections.Counter collections.UserDict
 collections.OrderedDict.__init__ ml_dtypes.finfo ml_dtypes.bfloat16.__class__
 ml_dtypes._finfo ml_dtypes.int4x mpisave.save mpisave.load
-mpisave.formats.pkl.load_trusted mpisave.storage.Source __main__.x paddle.load
+mpisave.formats.pkl.load_trusted mpisave.source.Source __main__.x paddle.load
 decimal.Decimal datetime.datetime fractions.Fraction uuid.UUID array.array weakref.ref
 string.Formatter jinja2.Template yaml.unsafe_load
 """
@@ -386,7 +386,7 @@ def high_water():
 def load_one(data, seen):
     from mpisave.errors import FileFormatError
     from mpisave.formats.unpickle import unpickle
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
     high_water()
     _, before = high_water()

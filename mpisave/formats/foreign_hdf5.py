@@ -22,7 +22,7 @@ from mpisave.errors import FileFormatError
 from mpisave.formats.hdf5_inspection import ANSWER, LENGTH, MESSAGE, READ, receive
 
 if TYPE_CHECKING:
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 # The process asks for a page every few microseconds, unless it was stopped.
 _PATIENCE_S = 600.0

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mpisave.errors import Key
     from mpisave.merging import Entry, Merged
     from mpisave.metadata import Described
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 # Pushed and popped right behind PROTO: a file of ours without an index is torn.
 MARK = b"mpisave-1"

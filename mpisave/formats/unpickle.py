@@ -36,7 +36,7 @@ from mpisave.formats.rebuilding import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 # Opcodes that push what they carry.
 _PUSH = frozenset(

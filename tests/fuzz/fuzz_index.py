@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["mpisave"]):
     from mpisave.errors import FileFormatError
     from mpisave.finding import find_index
     from mpisave.formats import index
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 _FIELDS = struct.Struct("<QQI")
 

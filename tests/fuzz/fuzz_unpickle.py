@@ -12,7 +12,7 @@ import atheris
 with atheris.instrument_imports(include=["mpisave"]):
     from mpisave.errors import FileFormatError
     from mpisave.formats.unpickle import unpickle
-    from mpisave.storage import Source
+    from mpisave.source import Source
 
 import numpy as np
 

@@ -11,7 +11,7 @@ from ranks import assert_refused, numbers, on_each
 import mpisave
 from mpisave import Shard, skeleton, verifying
 from mpisave.checksum import crc32c
-from mpisave.storage import Source
+from mpisave.source import Source
 
 pytestmark = pytest.mark.mpi
 

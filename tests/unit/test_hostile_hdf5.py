@@ -25,7 +25,7 @@ from hostile_hdf5 import CASES, LEGAL, MAY_LOAD, SECRET
 import mpisave
 from mpisave.errors import FileFormatError, StateDictError
 from mpisave.formats import foreign_hdf5, hdf5, hdf5_inspection, index
-from mpisave.storage import Source
+from mpisave.source import Source
 
 HERE = Path(hostile_hdf5.__file__).parent
 

@@ -14,7 +14,7 @@ ROWS = (
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
     ("threads",),
-    ("comms", "storage"),
+    ("comms", "storage", "source"),
     ("collective", "placement"),
     ("shards", "tree", "choosing"),
     ("metadata", "state_types"),

@@ -17,7 +17,7 @@ from hostile_pickles import INT, NDARRAY, RECONSTRUCT, named, text, whole
 from mpisave.errors import FileFormatError
 from mpisave.formats import budget
 from mpisave.formats.unpickle import unpickle
-from mpisave.storage import Source
+from mpisave.source import Source
 
 A_BYTE = 96  # as docs/reliability.md says
 NBYTES = 20_000  # of a pickle here

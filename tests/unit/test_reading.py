@@ -21,7 +21,7 @@ from mpisave.finding import find_index
 from mpisave.formats import index
 from mpisave.plan import Extent
 from mpisave.sharing import read_shared
-from mpisave.storage import Source
+from mpisave.source import Source
 from mpisave.wanted import Match
 
 PROPERTY = settings(

@@ -13,7 +13,8 @@ import mpisave
 from mpisave import room
 from mpisave.errors import StorageError
 from mpisave.fileobject import FileObject
-from mpisave.storage import Source, StagedFile, sees_staging_file
+from mpisave.source import Source
+from mpisave.storage import StagedFile, sees_staging_file
 
 STATE = {"w": np.arange(1000), "n": 5}
 OLD = b"the file that was there before"

@@ -18,7 +18,7 @@ import mpisave
 from mpisave import skeleton, verifying
 from mpisave.checksum import crc32c
 from mpisave.errors import FileFormatError
-from mpisave.storage import Source
+from mpisave.source import Source
 
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
 
