@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mpisave import garbage
 from mpisave.arguments import check_same, deadline, parse_timeout
 from mpisave.arrays import settle
 from mpisave.collective import Steps
@@ -296,6 +297,7 @@ class _Load(Steps):
         """Return what is asked for, and where it goes; refuse what does not fit."""
         made: list[Match | All] = []
 
+        @garbage.kept()
         def compare() -> tuple[bytes, bytes, list[Key]]:
             keys = self.options.keys
             self._asked = None if keys is None else listed(keys)

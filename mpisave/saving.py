@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mpisave import garbage
 from mpisave.arguments import Arguments, check_alike, deadline, parse
 from mpisave.arrays import library_of, settle
 from mpisave.choosing import choose
@@ -253,6 +254,7 @@ class _Call:
         pairs = zip(column, self.sealers, strict=True)
         return [item for item, sealer in pairs if sealer == mine]
 
+    @garbage.kept()
     def _describe(self, state: object) -> tuple[tuple[bytes, bytes], bool]:
         described, held, description = describe(
             flatten(state, self.comm.rank, self.comm.size)
@@ -308,6 +310,7 @@ class _Call:
             del plans[next(iter(plans))]
         self.part: Part = part
 
+    @garbage.kept()
     def _plan(self, facts: dict[str, str]) -> Part:
         structures = [structure for structure, _ in self.digests]
         is_first = structures.index(structures[self.comm.rank]) == self.comm.rank

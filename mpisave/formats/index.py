@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mpisave import garbage
 from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
 from mpisave.checksum import block_count, crc32c
 from mpisave.errors import FileFormatError, Key, show_key
@@ -45,6 +46,7 @@ _MOST_ALIKE = 256
 VERSION = 1
 FOREIGN = "HDF5 of another program"
 MAGIC = b"\x89mpisave"
+_KEY_TYPES = frozenset({str, int})
 _FIELDS = struct.Struct("<QQI")
 TRAILER_NBYTES = _FIELDS.size + 4 + len(MAGIC)
 
@@ -84,6 +86,7 @@ class Index:
         return {key: value for key, value in found if isinstance(value, Stored)}
 
 
+@garbage.kept()
 def encode(
     merged: Merged,
     layout: Layout,
@@ -144,7 +147,7 @@ def _sums_to_json(sums: npt.NDArray[np.uint32]) -> int | str:
 
 
 def _sums_from_json(data: int | str, nbytes: int) -> tuple[int, ...]:
-    blocks = block_count(nbytes)
+    blocks = block_count(_whole(nbytes))
     if isinstance(data, str):
         raw = base64.b64decode(data, validate=True)
         if blocks < 2 or len(raw) != 4 * blocks:
@@ -186,6 +189,7 @@ def find(trailer: bytes, file_nbytes: int) -> tuple[int, int] | None:
     return offset, nbytes
 
 
+@garbage.kept()
 def decode(tail: bytes, container: str) -> Index:
     """Return the index of the bytes from its offset to the end of the file.
 
@@ -255,11 +259,11 @@ def _foreign_node(key: list[str], kind: str, *detail: Any) -> Node:
 
 def _node(key: list[str | int], kind: str, *detail: Any) -> Node:
     where = tuple(key)
-    if any(type(part) not in (str, int) for part in where):
+    if not _KEY_TYPES.issuperset(map(type, where)):
         raise ValueError(f"{where} is no key")
     if kind == "array":
         name, shape, offset, nbytes, checksums = detail
-        sums = _sums_from_json(checksums, _whole(nbytes))
+        sums = _sums_from_json(checksums, nbytes)
         return Node(where, "leaf", _stored(where, name, shape, offset, nbytes, sums))
     if kind == "object":
         return Node(where, "leaf", from_json(detail[0]))
@@ -280,18 +284,23 @@ def _stored(
     nbytes: int,
     sums: tuple[int, ...],
 ) -> Stored:
-    dtype = dtype_from_name(name)
-    extent = Extent(_whole(offset), _whole(nbytes))
-    if math.prod(map(_whole, shape)) * stored_dtype(dtype).itemsize != nbytes:
+    for number in (offset, nbytes, *shape):
+        _whole(number)
+    dtype, same_shape, expected = _array(name, tuple(shape))
+    if nbytes != expected:
         raise ValueError(f"{show_key(key)} of shape {shape} has {nbytes} bytes")
-    _check_shape(dtype, tuple(shape))
-    return Stored(key, dtype, tuple(shape), extent, sums)
+    return Stored(key, dtype, same_shape, Extent(offset, nbytes), sums)
 
 
 @functools.lru_cache(maxsize=4096)
-def _check_shape(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+def _array(
+    name: str, shape: tuple[int, ...]
+) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Return dtype, shape and bytes of an array; many are alike."""
+    dtype = dtype_from_name(name)
     # No memory is taken: NumPy's own limits on axes and sizes.
     np.broadcast_to(np.empty((), dtype), shape)
+    return dtype, shape, math.prod(shape) * stored_dtype(dtype).itemsize
 
 
 def _whole(number: Any) -> int:

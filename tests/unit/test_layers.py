@@ -10,7 +10,7 @@ import mpisave
 PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
-    ("errors", "cuda_trial", "watchdog"),
+    ("errors", "cuda_trial", "watchdog", "garbage"),
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
     ("threads",),

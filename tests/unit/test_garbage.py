@@ -1,0 +1,64 @@
+import gc
+
+import numpy as np
+import pytest
+
+import mpisave
+from mpisave import garbage
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    was_enabled = gc.isenabled()
+    gc.enable()
+    yield
+    (gc.enable if was_enabled else gc.disable)()
+
+
+def test_nothing_is_looked_for_within_and_again_afterwards():
+    with garbage.kept():
+        with garbage.kept():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_it_is_looked_for_again_after_an_error():
+    @garbage.kept()
+    def fail():
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            fail()
+        assert gc.isenabled()
+
+
+def test_caller_who_has_turned_it_off_keeps_it_off():
+    gc.disable()
+
+    with garbage.kept():
+        pass
+
+    assert not gc.isenabled()
+
+
+def test_many_arrays_are_saved_and_loaded_with_few_looks(tmp_path):
+    # By count: 3 looks at all there is would take as long as reading them.
+    state = {f"w{i}": np.zeros(1) for i in range(20_000)}
+    looks = []
+
+    def look(phase, info):
+        if phase == "start" and info["generation"] == 2:
+            looks.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(look)
+    try:
+        mpisave.save(state, tmp_path / "x.params")
+        mpisave.load(tmp_path / "x.params", like=state)
+    finally:
+        gc.callbacks.remove(look)
+
+    assert len(looks) <= 2
+    assert gc.isenabled()
