@@ -377,7 +377,9 @@ class _InThread:
     """A call of MPI that has no nonblocking kind: to be waited for as requests are.
 
     A thread of its own makes it, where MPI allows threads to call it at the same time;
-    elsewhere this one does, and waits for as long as it takes.
+    elsewhere this one does, and waits for as long as it takes. A thread whose call was
+    given up stays in it; the end of the process does not wait for it for more than a
+    minute, see `deadlines`.
     """
 
     def __init__(self, call: Callable[[], Any]) -> None:

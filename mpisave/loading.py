@@ -297,7 +297,6 @@ class _Load(Steps):
         """Return what is asked for, and where it goes; refuse what does not fit."""
         made: list[Match | All] = []
 
-        @garbage.kept()
         def compare() -> tuple[bytes, bytes, list[Key]]:
             keys = self.options.keys
             self._asked = None if keys is None else listed(keys)
@@ -309,10 +308,11 @@ class _Load(Steps):
                 if self.options.allow_pickle and content.container == "pickle":
                     content = _with_objects(source, content)
                 self._content = content
-                self._order = [node.key for node in content.nodes]
-                self._arrays = content.arrays()
-                nodes = select(content, self._asked)
-                found = self._want(nodes, like, source)
+                with garbage.kept():
+                    self._order = [node.key for node in content.nodes]
+                    self._arrays = content.arrays()
+                    nodes = select(content, self._asked)
+                    found = self._want(nodes, like, source)
             # What is filled may be in use still, by work that was queued before.
             settle(want.held for want in found.wants)
             made.append(found)

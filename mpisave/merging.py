@@ -382,7 +382,7 @@ def _refuse_difference(
 
 def _is_same_object(node: Described, other: Described) -> bool:
     """Return whether objects with different pickles are equal: sets, say."""
-    if not node.kind == other.kind == "object" or node.type_name != other.type_name:
+    if {node.kind, other.kind} != {"object"} or node.type_name != other.type_name:
         return False
     # Pickles that ranks of this job just made from objects in their own memory.
     return bool(pickle.loads(node.detail) == pickle.loads(other.detail))
@@ -392,13 +392,13 @@ def _show(node: Described, description: Description) -> str:
     if node.kind == "array":
         name, shape = node.detail
         dtype = dtype_from_name(name)
-        boxes = description.boxes_of(node.key)
-        some = "".join(f", box {show_box(*box)}" for box in boxes[:4])
-        more = f" and {len(boxes) - 4} more," if len(boxes) > 4 else "," * bool(boxes)
-        return (
-            f"an array of dtype {dtype.name} ({name}) and shape {tuple(shape)}"
-            f"{some}{more}"
-        )
+        text = f"an array of dtype {dtype.name} ({name}) and shape {tuple(shape)}"
+        boxes = description.starts_and_counts(node.key)
+        if not boxes or not shape:
+            return text
+        some = ", ".join(f"box {show_box(*box)}" for box in boxes[:4])
+        more = f" and {len(boxes) - 4} more" if len(boxes) > 4 else ""
+        return f"{text}, {some}{more},"
     if node.kind == "object":
         text = repr(pickle.loads(node.detail))
         return f"{text[:80] + '...' * (len(text) > 80)} ({node.type_name})"

@@ -146,22 +146,21 @@ class Description:
         """Return what a rank of the same structure holds that has these boxes."""
         return dataclasses.replace(self, boxes=boxes)
 
-    def boxes_of(self, key: Key) -> list[tuple[list[int], list[int]]]:
+    def starts_and_counts(self, key: Key) -> list[tuple[list[int], list[int]]]:
         """Return start and count of each box of an array; none if it is here whole."""
         arrays = [
             (at, self.what[number][1][1])
             for at, number in zip(self.keys, self.which.tolist(), strict=True)
             if self.what[number][0] == "array"
         ]
-        place = [at for at, _ in arrays].index(key)
-        nboxes = self.nboxes.tolist()
-        sizes = [
-            2 * n * len(shape) for n, (_, shape) in zip(nboxes, arrays, strict=True)
-        ]
-        first = sum(sizes[:place])
-        points = self.boxes[first : first + sizes[place]]
-        points = points.reshape(nboxes[place], 2, len(arrays[place][1]))
-        return [(start, count) for start, count in points.tolist()]
+        first = 0
+        for (at, shape), nboxes in zip(arrays, self.nboxes.tolist(), strict=True):
+            stop = first + 2 * nboxes * len(shape)
+            if at == key:
+                points = self.boxes[first:stop].reshape(nboxes, 2, len(shape))
+                return [(start, count) for start, count in points.tolist()]
+            first = stop
+        raise KeyError(key)
 
     @staticmethod
     def pack(

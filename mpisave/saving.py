@@ -254,11 +254,10 @@ class _Call:
         pairs = zip(column, self.sealers, strict=True)
         return [item for item, sealer in pairs if sealer == mine]
 
-    @garbage.kept()
     def _describe(self, state: object) -> tuple[tuple[bytes, bytes], bool]:
-        described, held, description = describe(
-            flatten(state, self.comm.rank, self.comm.size)
-        )
+        with garbage.kept():
+            nodes = flatten(state, self.comm.rank, self.comm.size)
+            described, held, description = describe(nodes)
         if self.args.state_type is not None:
             handler = handler_of(self.args.state_type)
             for node in described:
@@ -310,7 +309,6 @@ class _Call:
             del plans[next(iter(plans))]
         self.part: Part = part
 
-    @garbage.kept()
     def _plan(self, facts: dict[str, str]) -> Part:
         structures = [structure for structure, _ in self.digests]
         is_first = structures.index(structures[self.comm.rank]) == self.comm.rank
@@ -318,6 +316,7 @@ class _Call:
         limits = budget(self.args.max_nbytes, has_device=self.has_device)
         root = self.roots[0] if self.roots else 0
 
+        @garbage.kept()
         def combine(
             sent: list[tuple[Any, Any]],
         ) -> tuple[list[Part], list[list[Woven]]]:

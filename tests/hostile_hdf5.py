@@ -1,6 +1,7 @@
 """HDF5 files that mean harm, or that h5py reads and mpisave does not: a name, bytes.
 
-``python hostile_hdf5.py FOLDER`` loads what lies in it and prints a line for each file.
+``python hostile_hdf5.py load`` (or ``compare``) takes a path a line, and prints a line
+of JSON for each.
 """
 
 import io
@@ -758,7 +759,7 @@ def compare_each(paths):
             same = equal(state, read_by_h5py(path))
         except Exception as exc:
             same = f"h5py: {exc!r}"
-        print(json.dumps(same), flush=True)
+        print(json.dumps({"file": path.name, "same": same}), flush=True)
 
 
 def equal(state, other):

@@ -1,15 +1,19 @@
 """File systems of a few megabytes, made for a test and taken away after it."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 
 import pytest
 
+# Programs for root lie where not every PATH looks.
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
 
 def _run(name, *arguments):
     """Run a program of the system, or skip the test where it cannot be."""
-    path = shutil.which(name)
+    path = shutil.which(name, path=_PATH)
     if path is None:
         pytest.skip(f"there is no {name} here")
     done = subprocess.run(

@@ -155,7 +155,7 @@ def _sums_from_json(data: int | str, nbytes: int) -> tuple[int, ...]:
         return struct.unpack(f"<{blocks}I", raw)
     if blocks > 1:
         raise ValueError(f"one checksum for {blocks} blocks")
-    return (_whole(data),) * blocks
+    return (_crc(data),) * blocks
 
 
 def find(trailer: bytes, file_nbytes: int) -> tuple[int, int] | None:
@@ -210,9 +210,9 @@ def decode(tail: bytes, container: str) -> Index:
         content = json.loads(text)
         index = Index(
             content["container"],
-            content["facts"],
+            _texts(content["facts"]),
             nbytes,
-            _whole(content["skeleton_crc32c"]),
+            _crc(content["skeleton_crc32c"]),
             tuple(_node(*node) for node in content["nodes"]),
         )
         _check(index, container)
@@ -284,6 +284,8 @@ def _stored(
     nbytes: int,
     sums: tuple[int, ...],
 ) -> Stored:
+    if type(shape) is not list:
+        raise ValueError(f"{shape!r:.80} is no shape")
     for number in (offset, nbytes, *shape):
         _whole(number)
     dtype, same_shape, expected = _array(name, tuple(shape))
@@ -301,6 +303,18 @@ def _array(
     # No memory is taken: NumPy's own limits on axes and sizes.
     np.broadcast_to(np.empty((), dtype), shape)
     return dtype, shape, math.prod(shape) * stored_dtype(dtype).itemsize
+
+
+def _texts(facts: Any) -> dict[str, str]:
+    if type(facts) is not dict or any(type(text) is not str for text in facts.values()):
+        raise ValueError(f"{facts!r:.80} are no facts")
+    return facts
+
+
+def _crc(number: Any) -> int:
+    if _whole(number) >> 32:
+        raise ValueError(f"{number} is no CRC-32C")
+    return int(number)
 
 
 def _whole(number: Any) -> int:

@@ -8,6 +8,7 @@ reason. The exit status is 1 if anything was missed.
 """
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -86,6 +87,10 @@ def main(arguments=None):
     began = time.monotonic()
     # Of a time limit around this one: its jobs and mounts end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Programs for root, such as mkfs.ext4, lie where not every PATH looks.
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
+    )
     report = Report(thin=options.thin)
     options.scratch = Path(tempfile.mkdtemp(prefix="mpisave-faults-"))
     try:

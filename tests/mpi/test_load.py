@@ -24,8 +24,8 @@ from mpisave import (
     regrouping,
     sharing,
     skeleton,
-    storage,
 )
+from mpisave.source import Source
 from mpisave.transport import exchange
 
 pytestmark = pytest.mark.mpi
@@ -949,7 +949,7 @@ def watch_reads(patch):
     But not of the skeleton.
     """
     found = []
-    read_into = storage.Source.read_into
+    read_into = Source.read_into
 
     def watched(self, offset, out):
         found.append(out.nbytes)
@@ -957,10 +957,10 @@ def watch_reads(patch):
 
     def not_watched(source, *arguments):
         with pytest.MonkeyPatch.context() as within:
-            within.setattr(storage.Source, "read_into", read_into)
+            within.setattr(Source, "read_into", read_into)
             return skeleton.read_part(source, *arguments)
 
-    patch.setattr(storage.Source, "read_into", watched)
+    patch.setattr(Source, "read_into", watched)
     patch.setattr(loading, "read_part", not_watched)
     return found
 
@@ -1045,7 +1045,7 @@ class TestShared:
     ):
         victim %= comm.size
         path = put(comm, shared_dir / "x", {"x": noise(10_000, "u1")})
-        read_into, left = storage.Source.read_into, [calls]
+        read_into, left = Source.read_into, [calls]
 
         def fail(self, offset, out):
             if out.nbytes > 100 and offset < 10_000:  # no part of the index
@@ -1057,7 +1057,7 @@ class TestShared:
         with hosts(monkeypatch, comm) as patch:
             patch.setattr(sharing, "WINDOW_NBYTES", 1000)
             if comm.rank == victim:
-                patch.setattr(storage.Source, "read_into", fail)
+                patch.setattr(Source, "read_into", fail)
             caught = assert_refused(
                 comm,
                 mpisave.StorageError,

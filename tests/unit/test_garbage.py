@@ -1,4 +1,6 @@
 import gc
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -32,6 +34,50 @@ def test_it_is_looked_for_again_after_an_error():
         with pytest.raises(ValueError, match="no"):
             fail()
         assert gc.isenabled()
+
+
+def test_threads_that_come_and_go_leave_it_as_it_was():
+    begin = threading.Barrier(4)
+
+    def enter_often():
+        begin.wait()
+        for _ in range(20_000):
+            with garbage.kept():
+                pass
+
+    threads = [threading.Thread(target=enter_often) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert gc.isenabled()
+
+
+def test_thread_that_leaves_first_does_not_turn_it_on_for_others():
+    inside, done = threading.Event(), threading.Event()
+
+    def stay():
+        with garbage.kept():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    inside.wait(10)
+    with garbage.kept():
+        pass
+    still = gc.isenabled()
+    done.set()
+    thread.join()
+
+    assert not still
+    assert gc.isenabled()
 
 
 def test_caller_who_has_turned_it_off_keeps_it_off():

@@ -279,7 +279,7 @@ def test_checksums_that_do_not_fit_the_blocks_are_refused(checksums):
         read(large(checksums), start=LARGE_NBYTES)
 
 
-@pytest.mark.parametrize("checksums", [-1, 1.5, None, True, "", "BQAAAA==", [5]])
+@pytest.mark.parametrize("checksums", [-1, 1.5, None, True, "", "BQAAAA==", [5], 2**32])
 def test_checksum_of_one_block_is_a_whole_number(checksums):
     with pytest.raises(FileFormatError, match="makes no sense"):
         read(large(checksums, nbytes=8), start=LARGE_NBYTES)
@@ -298,6 +298,10 @@ def test_checksum_of_one_block_is_a_whole_number(checksums):
         content(nodes=None),
         content(nodes=5),
         content(container="hdf5"),
+        content(facts=None),
+        content(facts=["version"]),
+        content(facts={"version": 1}),
+        content([["w"], "array", "<f4", {}, 0, 4, 5]),
         content(container=None),
         content(skeleton_crc32c=None),
         content(skeleton_crc32c="0"),
