@@ -143,8 +143,9 @@ def _survive(total, place, old):
 def _judge(case, lines, step, fault, victim):
     """Return what is wrong with what was raised, or with the file; or nothing."""
     found = lines[0]["found"]
-    if fault == "late" or (fault == "full" and not any(ln["type"] for ln in lines)):
-        # Who writes nothing any more is not kept from saving by a full disk.
+    is_written_to = fault == "full" and _writes_after(case, step, victim)
+    is_quiet = not any(line["type"] for line in lines)
+    if fault == "late" or (fault == "full" and is_quiet and not is_written_to):
         raised = [line["type"] for line in lines if line["type"]]
         return f"raised {raised}" if raised else "" if found == "new" else found
     problem = errors.judge(
@@ -155,6 +156,13 @@ def _judge(case, lines, step, fault, victim):
     if not problem and found != "old" and not is_published:
         problem = f"on the disk: {found}"
     return problem
+
+
+def _writes_after(case, step, victim):
+    """Return whether a rank surely writes to the file once it has come to a step."""
+    if victim == 0:  # it seals the file
+        return step != "publish"
+    return case.road == "direct" and step not in COMMON[-3:]
 
 
 def _end(options, case, number, step, fault, victim):
@@ -181,8 +189,12 @@ def _problem_of(fault, place, request, victim):
         job = jobs.Job(place.work, size, request | {"timeout": TIMEOUT_S})
         lines = waiting.what_others_raise(job, [r for r in range(size) if r != victim])
         raises = _raised_by(lines)
-        is_right = len(lines) == size - 1 and raises == "CollectiveTimeout"
-        return "" if is_right else f"the others raised {raises}", raises
+        is_named = all(line["ranks"] == [victim] for line in lines)
+        is_right = len(lines) == size - 1 and raises == "CollectiveTimeout" and is_named
+        problem = "" if is_right else f"the others raised {lines}"
+        if any("type" in line for line in job.lines()[victim]):
+            problem = problem or "the rank was not stopped"
+        return problem, raises
     ended = jobs.run(place.work, size, request)
     reported = [line for lines in ended.lines for line in lines if "type" in line]
     problem = ""
@@ -217,7 +229,7 @@ def _survive_loading(total, place):
         else:
             problem = problem or errors.judge(case, lines, None, [victim], KINDS[fault])
         if not problem and any(line["next"] for line in lines):
-            problem = f"the next {call} raised {[line['next'] for line in lines]}"
+            problem = f"the next {call}: {[line['next'] for line in lines]}"
         total.add(f"{case}, rank {victim}, {call}, {step}, {fault}", problem)
         _RAISED.setdefault((call, step, fault), set()).add(_raised_by(lines))
     if place.path.read_bytes() != place.old:
@@ -233,6 +245,8 @@ def _end_loading(options, case, number, call, step, fault, victim):
     problem, raises = _problem_of(fault, place, request, victim)
     if place.path.read_bytes() != place.old or place.left_behind():
         problem = problem or "the folder is not as it was"
+    if (found := states.which(case, place.path)) != "old":
+        problem = problem or f"the next load gives {found}"
     total.add(f"{case}, rank {victim}, {call}, {step}, {fault}", problem)
     _RAISED.setdefault((call, step, fault), set()).add(raises)
     shutil.rmtree(place.work)
