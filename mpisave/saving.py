@@ -316,7 +316,6 @@ class _Call:
         limits = budget(self.args.max_nbytes, has_device=self.has_device)
         root = self.roots[0] if self.roots else 0
 
-        @garbage.kept()
         def combine(
             sent: list[tuple[Any, Any]],
         ) -> tuple[list[Part], list[list[Woven]]]:
@@ -325,14 +324,15 @@ class _Call:
                 full[structure].with_boxes(boxes)
                 for structure, (_, boxes) in zip(structures, sent, strict=True)
             ]
-            parts = divide(
-                descriptions,
-                self.format,
-                facts,
-                roots=self.roots,
-                replicas=self.args.replicas,
-                chunk_nbytes=limits.chunk_nbytes,
-            )
+            with garbage.kept():
+                parts = divide(
+                    descriptions,
+                    self.format,
+                    facts,
+                    roots=self.roots,
+                    replicas=self.args.replicas,
+                    chunk_nbytes=limits.chunk_nbytes,
+                )
             if (whole := parts[root].whole) is not None:
                 self._warn_of_opaque(whole.merged)
             # Boxes of all ranks, which all need: sent once, not with the part of each.
