@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_lock = threading.Lock()
-_within = 0  # how many threads
+# A handler of signals may save, in the thread that has the lock.
+_lock = threading.RLock()
+_within = 0  # how many threads, each as often as it is
 _was_enabled = False
 
 
@@ -26,27 +27,24 @@ def kept() -> Iterator[None]:
     within.
     """
     global _within, _was_enabled  # noqa: PLW0603 - as there is one collector
-    entered = False
     try:
         with _lock:
             if not _within:
                 _was_enabled = gc.isenabled()
             _within += 1
-            entered = True
             gc.disable()
         yield
     finally:
-        if entered:
-            with _lock:
-                _within = max(0, _within - 1)  # 0: it was forked meanwhile
-                if not _within and _was_enabled:
-                    gc.enable()
+        with _lock:
+            _within = max(0, _within - 1)  # 0: it was forked meanwhile
+            if not _within and _was_enabled:
+                gc.enable()
 
 
 def _after_fork() -> None:
     # The child has none of the threads that were within, but may hold their lock.
     global _lock, _within  # noqa: PLW0603
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _within and _was_enabled:
         gc.enable()
     _within = 0

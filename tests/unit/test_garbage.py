@@ -1,4 +1,5 @@
 import gc
+import subprocess
 import sys
 import threading
 
@@ -78,6 +79,37 @@ def test_thread_that_leaves_first_does_not_turn_it_on_for_others():
 
     assert not still
     assert gc.isenabled()
+
+
+FORK = """
+import gc, os, threading, warnings
+from mpisave import garbage
+warnings.simplefilter("ignore")  # of Python 3.12: this process has threads
+locked, done = threading.Event(), threading.Event()
+def stay():
+    with garbage.kept(), garbage._lock:
+        locked.set()
+        done.wait(20)
+thread = threading.Thread(target=stay)
+thread.start()
+locked.wait(20)
+child = os.fork()
+if child == 0:
+    was = gc.isenabled()
+    with garbage.kept():
+        inside = gc.isenabled()
+    os._exit(0 if (was, inside, gc.isenabled()) == (True, False, True) else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+done.set()
+thread.join()
+raise SystemExit(code if gc.isenabled() else 2)
+"""
+
+
+def test_child_of_a_fork_has_neither_the_lock_nor_the_threads_of_its_parent():
+    run = subprocess.run([sys.executable, "-c", FORK], timeout=60)
+
+    assert run.returncode == 0
 
 
 def test_caller_who_has_turned_it_off_keeps_it_off():
