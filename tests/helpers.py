@@ -19,6 +19,19 @@ MIXED = {
 }
 
 
+def steps_of(call):
+    """Return the steps that a call comes to on this rank, in order, each once."""
+    from mpisave import collective
+
+    names = []
+    collective.before_action = names.append
+    try:
+        call()
+    finally:
+        collective.before_action = None
+    return list(dict.fromkeys(names))
+
+
 def assert_on_all_ranks(comm, condition, what=""):
     """Fail on every rank if `condition` is false on any."""
     bad = [rank for rank, ok in enumerate(comm.allgather(bool(condition))) if not ok]

@@ -29,8 +29,10 @@ CALLS = (
 
 RANK = "${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}"
 
+# mpisave, and what tests share.
+_PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 # Threads of a library that is not at work here.
-SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": _PATHS}
 
 
 def why_not_strace():

@@ -2,6 +2,7 @@
 
 import injection
 import states
+from helpers import steps_of
 
 import mpisave
 
@@ -21,7 +22,7 @@ def calls(me):
 def do(me):
     """Report a line for each fault, and the steps of each call before."""
     for name, call in calls(me).items():
-        steps = steps_of(me, call)
+        steps = me.comm.bcast(steps_of(call))
         me.say(call=name, steps=steps)
         for step in steps:
             for fault in me.request["faults"]:
@@ -42,19 +43,6 @@ def is_right(me, name, found):
         {k: getattr(v, "array", v) for k, v in state.items()} for state in (found, mine)
     ]
     return states.is_equal(*arrays)
-
-
-def steps_of(me, call):
-    """Return the steps that a call comes to, in order."""
-    from mpisave import collective
-
-    names = []
-    collective.before_action = names.append
-    try:
-        call()
-    finally:
-        collective.before_action = None
-    return me.comm.bcast(list(dict.fromkeys(names)))
 
 
 def _fail(me, name, call, step, fault, victim):

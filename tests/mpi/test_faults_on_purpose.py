@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from fakes import FakeDeviceArray, put_in_place
-from helpers import assert_on_all_ranks
+from helpers import assert_on_all_ranks, steps_of
 
 import mpisave
 from mpisave import testing
@@ -24,19 +24,6 @@ def state_of(comm, value, make=np.asarray):
     stop = SHORT_RUNS if comm.rank == comm.size - 1 else start + part
     shard = mpisave.Shard(make(whole[:, start:stop]), whole.shape, (0, start))
     return {"columns": shard, f"own{comm.rank}": make(np.full(3, float(value)))}
-
-
-def steps_of(comm, call):
-    """Return the steps that a call comes to, in order."""
-    from mpisave import collective
-
-    names = []
-    collective.before_action = names.append
-    try:
-        call()
-    finally:
-        collective.before_action = None
-    return comm.bcast(list(dict.fromkeys(names)))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +49,7 @@ def test_fault_at_each_step_of_a_save_is_raised_on_every_rank(
         mpisave.save(state, path, comm=comm, **options)
 
     save(1)
-    steps = steps_of(comm, lambda: save(1))
+    steps = comm.bcast(steps_of(lambda: save(1)))
     is_choice = make is FakeDeviceArray and comm.size > 1
     assert ("choose the transport" in steps) == is_choice
     for step in steps:
@@ -102,7 +89,7 @@ def test_fault_at_each_step_of_a_load_is_raised_on_every_rank(comm, shared_dir):
     def load():
         mpisave.load(path, comm=comm, like=state_of(comm, 0), timeout=20)
 
-    steps = steps_of(comm, load)
+    steps = comm.bcast(steps_of(load))
     for step in steps:
         for rank in range(comm.size):
             action = testing.fail(OSError(errno.EIO, "injected"))

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers import steps_of
 
 import mpisave
 from mpisave import collective, room, testing
@@ -12,26 +13,15 @@ from mpisave import collective, room, testing
 STATE = {"x": np.arange(5.0)}
 
 
-def names_of(call):
-    names = []
-    collective.before_action = names.append
-    try:
-        call()
-    finally:
-        collective.before_action = None
-    return names
-
-
 def test_steps_are_those_that_calls_come_to(tmp_path):
     path = tmp_path / "x"
 
-    saved = names_of(lambda: mpisave.save(STATE, path))
-    loaded = names_of(lambda: mpisave.load(path))
-    verified = names_of(lambda: mpisave.verify(path))
+    saved = steps_of(lambda: mpisave.save(STATE, path))
+    loaded = steps_of(lambda: mpisave.load(path))
+    verified = steps_of(lambda: mpisave.verify(path))
 
     assert set(saved) <= set(testing.STEPS_OF_SAVE)
-    in_order = list(dict.fromkeys(saved))
-    assert sorted(in_order, key=testing.STEPS_OF_SAVE.index) == in_order
+    assert sorted(saved, key=testing.STEPS_OF_SAVE.index) == saved
     assert {"seal", "publish"} <= set(saved)
     assert set(loaded + verified) <= set(testing.STEPS_OF_LOAD)
 
