@@ -312,9 +312,10 @@ def _texts(facts: Any) -> dict[str, str]:
 
 
 def _crc(number: Any) -> int:
-    if _whole(number) >> 32:
-        raise ValueError(f"{number} is no CRC-32C")
-    return int(number)
+    value = _whole(number)
+    if value >> 32:
+        raise ValueError(f"{value} is no CRC-32C")
+    return value
 
 
 def _whole(number: Any) -> int:
