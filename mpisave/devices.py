@@ -9,16 +9,46 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mpisave import device_checksum
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
+
+_log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
+Summing = Callable[[Sequence[tuple[Any, int, int]], int], list[int]]
+
+
+class Lane(Protocol):
+    """Pinned memory in two parts: one is filled while a device copies from the other.
+
+    Each is of the bytes that were asked for, and there when it is first needed.
+    """
+
+    def take(self, nbytes: int) -> Bytes:
+        """Return the start of the other part, when the copy from it is done."""
+        ...
+
+    def send(self, array: Any, start: int, nbytes: int) -> None:
+        """Queue the copy of this part's first bytes to a contiguous array."""
+        ...
+
+    def begun(self) -> None:
+        """Say that other copies from this part are queued, by this thread."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for the copies from both."""
+        ...
 
 
 class DeviceLibrary(Protocol):
@@ -98,8 +128,32 @@ class DeviceLibrary(Protocol):
         """Copy bytes of the host, in C order, to an array of any strides."""
         ...
 
+    def lane(self, array: Any, nbytes: int) -> Lane:
+        """Return what brings bytes to the device of an array, for one thread."""
+        ...
+
     def fence(self) -> Callable[[], None]:
         """Return what waits for all that this thread has queued so far."""
+        ...
+
+    def summing(self, arrays: Iterable[Any], count: int) -> Summing | None:
+        """Return what computes the CRC-32C of blocks of such arrays, by their devices.
+
+        Parameters
+        ----------
+        arrays : iterable of array
+            Contiguous.
+        count : int
+            How many blocks there are at most.
+
+        Returns
+        -------
+        callable or None
+            Takes runs of bytes, each an array, start and length, and the bytes of a
+            block, of which the last of a run may have less; returns the sum of each.
+            What was queued is to be done. None where it cannot be: CUDA's compiler is
+            missing, or memory.
+        """
         ...
 
 
@@ -110,6 +164,8 @@ class _Queues(threading.local):
         self.streams: dict[int, Any] = {}
         self.dirty: set[int] = set()
         self.kept: list[Any] = []  # what these copies are from and to
+        # To make an event takes longer than to queue a copy, and keeps others waiting.
+        self.events: dict[int, list[Any]] = {}
 
 
 class _CuPy:
@@ -148,7 +204,7 @@ class _CuPy:
         return interface is not None and not interface["data"][1]
 
     def ordinal(self, array: Any) -> int:
-        number: int = array.device.id
+        number: int = array.data.device_id
         return number
 
     def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
@@ -217,38 +273,66 @@ class _CuPy:
             self._queue(packed.data.ptr, _address(source), source.size, array)
             array[...] = packed
 
+    def lane(self, array: Any, nbytes: int) -> Lane:
+        return _CuPyLane(self, array.data.device_id, nbytes)
+
     def fence(self) -> Callable[[], None]:
         queues = self._queues
         if not queues.dirty:
             return _nothing
-        events, kept = [], queues.kept
+        used, kept = [], queues.kept
         for number in queues.dirty:
-            with self._device(number):
-                event = self._cupy.cuda.Event(disable_timing=True)
-                event.record(queues.streams[number])
-            events.append(event)
+            free = queues.events.setdefault(number, [])
+            event = free.pop() if free else self.event(number)
+            event.record(queues.streams[number])
+            used.append((event, free))
         queues.dirty.clear()
         queues.kept = []
 
         def wait() -> None:
-            for event in events:
+            while used:
+                event, free = used[-1]
                 event.synchronize()
+                used.pop()
+                free.append(event)
             kept.clear()
 
         return wait
 
+    def event(self, number: int) -> Any:
+        """Return a new event of a device."""
+        with self._device(number):
+            return self._cupy.cuda.Event(disable_timing=True)
+
+    def summing(self, arrays: Iterable[Any], count: int) -> Summing | None:
+        numbers = {array.data.device_id for array in arrays}
+        try:
+            return device_checksum.Summing(self._cupy, numbers, count)
+        except Exception:  # noqa: BLE001 - of CuPy, CUDA's compiler, or the driver
+            _log.info("the host computes checksums, the device cannot", exc_info=True)
+            return None
+
+    @property
+    def memcpy(self) -> tuple[Callable[[int, int, int, int, int], None], int]:
+        """What queues a copy, and the kind of one from the host to a device."""
+        return self._runtime.memcpyAsync, self._runtime.memcpyHostToDevice
+
     def _queue(self, target: int, source: int, nbytes: int, on_device: Any) -> None:
         if nbytes:
             # A copy goes to a stream of any device, whichever is the current one.
-            stream = self._stream_of(on_device.device.id)
+            stream = self._stream_of(on_device.data.device_id)
             self._runtime.memcpyAsync(
                 target, source, nbytes, self._runtime.memcpyDefault, stream.ptr
             )
 
     def _stream_of(self, number: int) -> Any:
         """Return this thread's stream on a device, to which a copy is about to go."""
+        self._queues.dirty.add(number)
+        return self.stream(number)
+
+    def stream(self, number: int) -> Any:
+        """Return this thread's stream on a device."""
         queues = self._queues
-        queues.dirty.add(number)
         stream = queues.streams.get(number)
         if stream is None:
             with self._device(number):
@@ -269,6 +353,45 @@ class _CuPy:
         number = array.device.id
         with self._device(number), self._stream_of(number):
             yield
+
+
+class _CuPyLane:
+    """A lane to one device. Eight threads share the GIL: there is little in between."""
+
+    def __init__(self, library: _CuPy, number: int, nbytes: int) -> None:
+        self._library, self._nbytes = library, nbytes
+        self._copy, self._kind = library.memcpy
+        self._stream = library.stream(number)
+        self._pointer = self._stream.ptr
+        self._events = [library.event(number) for _ in range(2)]
+        self._parts: list[Bytes] = []
+        self._at: list[int] = []
+        self._waits: list[Callable[[], None]] = [_nothing, _nothing]
+        self._turn = 1
+
+    def take(self, nbytes: int) -> Bytes:
+        turn = self._turn = 1 - self._turn
+        if turn == len(self._parts):
+            self._parts.append(self._library.pinned(self._nbytes))
+            self._at.append(_address(self._parts[turn]))
+        self._waits[turn]()
+        self._waits[turn] = _nothing
+        return self._parts[turn][:nbytes]
+
+    def send(self, array: Any, start: int, nbytes: int) -> None:
+        turn = self._turn
+        event = self._events[turn]
+        at = array.data.ptr + start
+        self._copy(at, self._at[turn], nbytes, self._kind, self._pointer)
+        event.record(self._stream)
+        self._waits[turn] = event.synchronize
+
+    def begun(self) -> None:
+        self._waits[self._turn] = self._library.fence()
+
+    def wait(self) -> None:
+        for wait in self._waits:
+            wait()
 
 
 def _address(memory: Any) -> int:

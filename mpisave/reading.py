@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import in_new_thread, library_of
-from mpisave.checksum import BLOCK_NBYTES, crc32c
-from mpisave.devices import host_memory
+from mpisave.arrays import in_new_thread
+from mpisave.blocks import check_blocks
+from mpisave.checksum import BLOCK_NBYTES
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -21,6 +21,7 @@ from mpisave.errors import (
 )
 from mpisave.shards import boxes_of_range, common, run_elements, slices, spans
 from mpisave.threads import in_threads
+from mpisave.to_device import Checks, Staging
 from mpisave.wanted import is_whole
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from mpisave.devices import DeviceLibrary
     from mpisave.formats.index import Stored
     from mpisave.shards import Point
     from mpisave.source import Source
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 # Blocks that one call reads; also what a thread stages.
 _WINDOW_NBYTES = 4 * BLOCK_NBYTES
+
+# What a thread reads to a device before it asks for more.
+_UPLOAD_NBYTES = 8 * _WINDOW_NBYTES
 
 # Arrays shorter than this are read together with their neighbours.
 _SMALL_NBYTES = 64 * 2**10
@@ -69,52 +72,37 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     verify : bool
         Whether to check the CRC-32C of every block that is touched: all of it is read.
     threads : int
-        How many may read at a time; each stages at most 4 MiB.
+        How many may read at a time; each stages 4 MiB, 8 MiB for a device.
 
     Raises
     ------
     FileFormatError
         If bytes are missing, or are not what was saved.
     """
-    copies = _Copies()
-    jobs = _jobs(source, wants, copies, verify=verify)
-    begin = in_new_thread(want.held for want in wants)
+    held = [want.held for want in wants]
+    longest = max((want.stored.extent.nbytes for want in wants), default=0)
+    # Of one size or the other: pinned memory is used again by who wants as much.
+    most = _TOGETHER_NBYTES if longest <= _TOGETHER_NBYTES else _WINDOW_NBYTES
+    checks = Checks(held if verify else [])
+    run = _Run(source, Staging(most), checks, verify=verify)
     try:
-        in_threads(jobs, threads, begin)
+        in_threads(_jobs(run, wants), threads, in_new_thread(held))
     finally:
-        copies.finish()
+        run.staging.finish()
+    checks.check()
 
 
-class _Copies:
-    """Copies to a device: one for each thread, while it reads what comes next."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all reads of a call share."""
 
-    def __init__(self) -> None:
-        self._mine = threading.local()
-        self._every: list[list[Callable[[], None]]] = []
-
-    def begun(self, library: DeviceLibrary | None) -> None:
-        """Wait for all that this thread has queued but the last."""
-        if library is None:
-            return
-        if not hasattr(self._mine, "waits"):
-            self._mine.waits = []
-            self._every.append(self._mine.waits)
-        waits = self._mine.waits
-        waits.append(library.fence())
-        if len(waits) > 1:
-            waits.pop(0)()
-
-    def finish(self) -> None:
-        """Wait for those of all threads."""
-        with contextlib.ExitStack() as every:  # where one fails, for the others too
-            for waits in self._every:
-                for wait in waits:
-                    every.callback(wait)
+    source: Source
+    staging: Staging
+    checks: Checks
+    verify: bool
 
 
-def _jobs(
-    source: Source, wants: Sequence[Want], copies: _Copies, *, verify: bool
-) -> Iterator[Callable[[], None]]:
+def _jobs(run: _Run, wants: Sequence[Want]) -> Iterator[Callable[[], None]]:
     small: list[Want] = []
     ordered = sorted(wants, key=lambda want: want.stored.extent.offset)
     for want in ordered:
@@ -122,15 +110,22 @@ def _jobs(
             continue
         if want.stored.extent.nbytes < _SMALL_NBYTES and is_whole(want):
             if small and not _fits(small, want):
-                yield _Together(source, small, copies, verify=verify)
+                yield _Together(run, small)
                 small = []
             small.append(want)
             continue
-        box = _Box(source, want, verify=verify)
-        for first, stop in box.windows():
-            yield _Window(box, copies, first, stop)
+        box = _Box(want, verify=run.verify)
+        is_on_device = want.held.library is not None
+        is_sent_whole = is_on_device and box.is_all and box.is_flat
+        most = _UPLOAD_NBYTES if is_sent_whole else _WINDOW_NBYTES
+        for first, stop in box.windows(most):
+            at = box.inside(first, stop)
+            if is_on_device and at is not None:
+                yield _Upload(run, box, first, stop, at)
+            else:
+                yield _Window(run, box, first, stop, at)
     if small:
-        yield _Together(source, small, copies, verify=verify)
+        yield _Together(run, small)
 
 
 def _fits(small: Sequence[Want], want: Want) -> bool:
@@ -146,23 +141,18 @@ def _fits(small: Sequence[Want], want: Want) -> bool:
 class _Together:
     """Small arrays that lie close together: one read."""
 
-    def __init__(
-        self,
-        source: Source,
-        wants: Sequence[Want],
-        copies: _Copies,
-        *,
-        verify: bool,
-    ) -> None:
-        self._source, self._wants, self._copies = source, wants, copies
-        self._verify = verify
+    def __init__(self, run: _Run, wants: Sequence[Want]) -> None:
+        self._run, self._wants = run, wants
 
     def __call__(self) -> None:
         first = self._wants[0].stored.extent.offset
         stop = self._wants[-1].stored.extent.stop
-        library = library_of(want.held for want in self._wants)
-        data = host_memory(stop - first, library, _TOGETHER_NBYTES)
-        done = self._source.read_into(first, data.data)
+        device = next((w.held for w in self._wants if w.held.library), None)
+        run = self._run
+        nbytes = stop - first
+        lane = None if device is None else run.staging.lane(device)
+        data = np.empty(nbytes, np.uint8) if lane is None else lane.take(nbytes)
+        done = run.source.read_into(first, data.data)
         try:
             for want in self._wants:
                 extent = want.stored.extent
@@ -170,19 +160,19 @@ class _Together:
                 part = data[start : start + extent.nbytes]
                 if start + extent.nbytes > done:
                     _refuse_torn(want.stored, max(0, done - start))
-                if self._verify:
+                if run.verify:
                     check_blocks(want.stored, part.data)
                 want.held.fill(0, part)
         finally:
-            self._copies.begun(library)
+            if lane is not None:
+                lane.begun()
 
 
 class _Box:
     """A box of an array, read in windows of the array's bytes."""
 
-    def __init__(self, source: Source, want: Want, *, verify: bool) -> None:
-        self.source, self.stored, self.verify = source, want.stored, verify
-        self.start, self.held = want.start, want.held
+    def __init__(self, want: Want, *, verify: bool) -> None:
+        self.stored, self.start, self.held = want.stored, want.start, want.held
         self.itemsize = want.stored.dtype.itemsize
         self.count = want.held.shape
         shape = want.stored.shape
@@ -204,16 +194,16 @@ class _Box:
         # Without gaps in them, runs may go where they lie: no copy.
         self.is_flat = self.held.is_contiguous and run_nbytes == self.run_nbytes
 
-    def windows(self) -> Iterator[tuple[int, int]]:
+    def windows(self, most: int) -> Iterator[tuple[int, int]]:
         """Yield the bytes to read: first and stop, from the start of the array."""
         total = self.stored.extent.nbytes
         if self.is_all:
-            yield from _cut(0, total, _WINDOW_NBYTES)
+            yield from _cut(0, total, most)
             return
         unit = self.unit
         first = self.runs // unit
         last = (self.runs + self.run_nbytes - 1) // unit
-        most = _WINDOW_NBYTES // unit * unit
+        most = most // unit * unit
         # Units that some run touches, those that follow each other together.
         begin = end = int(first[0])
         for low, high in zip(first.tolist(), last.tolist(), strict=True):
@@ -246,29 +236,33 @@ def _cut(first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
 class _Window:
     """One read of a box."""
 
-    def __init__(self, box: _Box, copies: _Copies, first: int, stop: int) -> None:
-        self._box, self._copies = box, copies
+    def __init__(
+        self, run: _Run, box: _Box, first: int, stop: int, at: int | None
+    ) -> None:
+        self._run, self._box, self._at = run, box, at
         self._first, self._stop = first, stop
 
     def __call__(self) -> None:
-        box, first, stop = self._box, self._first, self._stop
-        held, at = box.held, box.inside(first, stop)
-        there = None if at is None else held.view(at, at + stop - first)
-        data = there
-        if data is None:
-            data = host_memory(stop - first, held.library, _WINDOW_NBYTES)
-        read_exactly(box.source, box.stored, first, data)
-        if box.verify:
+        run, box, first, at = self._run, self._box, self._first, self._at
+        held, nbytes = box.held, self._stop - first
+        there = None if at is None else held.view(at, at + nbytes)
+        lane = None if held.library is None else run.staging.lane(held)
+        if there is not None:
+            data = there
+        elif lane is None:
+            data = np.empty(nbytes, np.uint8)
+        else:
+            data = lane.take(nbytes)
+        read_exactly(run.source, box.stored, first, data)
+        if run.verify:
             check_blocks(box.stored, data.data, first // BLOCK_NBYTES)
         if there is not None:
             return
         try:
-            if at is not None:
-                held.fill(at, data)
-            else:
-                self._copy(data)
+            self._copy(data)
         finally:
-            self._copies.begun(held.library)
+            if lane is not None:
+                lane.begun()
 
     def _copy(self, data: npt.NDArray[np.uint8]) -> None:
         """Copy what of the box is in a window to its place."""
@@ -287,6 +281,29 @@ class _Window:
                 where = slices(*shared, box.start)
                 box.held.fill_box(where, part[slices(*shared, start)])
             at += n
+
+
+class _Upload:
+    """What goes to a device as it lies in the file: read while it is copied."""
+
+    def __init__(self, run: _Run, box: _Box, first: int, stop: int, at: int) -> None:
+        self._run, self._box = run, box
+        self._first, self._stop, self._at = first, stop, at
+
+    def __call__(self) -> None:
+        run, stored, held = self._run, self._box.stored, self._box.held
+        lane, shift = run.staging.lane(held), self._at - self._first
+        is_checked_there = run.checks.takes(held)
+        for first in range(self._first, self._stop, _WINDOW_NBYTES):
+            nbytes = min(_WINDOW_NBYTES, self._stop - first)
+            data = lane.take(nbytes)
+            read_exactly(run.source, stored, first, data)
+            if run.verify and not is_checked_there:
+                check_blocks(stored, data.data, first // BLOCK_NBYTES)
+            lane.send(held.source, first + shift, nbytes)
+        if is_checked_there:
+            nbytes = self._stop - self._first
+            run.checks.add(stored, self._first // BLOCK_NBYTES, held, self._at, nbytes)
 
 
 def read_exactly(
@@ -320,33 +337,6 @@ def mapped(source: Source) -> Callable[[Stored, Point, Point], npt.NDArray[Any]]
         return flat.reshape(stored.shape)[(..., *where)]  # 0-d too is an array
 
     return array
-
-
-def check_blocks(stored: Stored, data: memoryview, first: int = 0) -> None:
-    """Refuse blocks that are not what was saved.
-
-    Parameters
-    ----------
-    stored : Stored
-        The array.
-    data : memoryview
-        Its bytes from the start of block `first` on, up to the end of a block.
-    first : int
-        Which block comes first.
-
-    Raises
-    ------
-    FileFormatError
-        With the key, the block, and both checksums.
-    """
-    for number, start in enumerate(range(0, data.nbytes, BLOCK_NBYTES), start=first):
-        found = crc32c(data[start : start + BLOCK_NBYTES])
-        if found != stored.sums[number]:
-            raise FileFormatError(
-                f"{show_key(stored.key)} is altered: the CRC-32C of block {number} at "
-                f"offset {stored.extent.offset + number * BLOCK_NBYTES} is "
-                f"{found:#010x}, not {stored.sums[number]:#010x}"
-            )
 
 
 def _refuse_torn(stored: Stored, there: int) -> None:

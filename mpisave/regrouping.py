@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpisave.arrays import library_of
+from mpisave.blocks import check_blocks
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks, together
 from mpisave.devices import fenced, host_memory
 from mpisave.plan import SHORTEST_RUN_NBYTES, Woven, displacements
-from mpisave.reading import check_blocks, naming_file, read_exactly
+from mpisave.reading import naming_file, read_exactly
 from mpisave.shards import run_elements, slices
 from mpisave.transport.exchange import alltoallv
 from mpisave.wanted import is_whole

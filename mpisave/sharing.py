@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpisave.blocks import check_blocks
 from mpisave.collective import on_all_ranks, together
 from mpisave.errors import FileFormatError
-from mpisave.reading import check_blocks, naming_file
+from mpisave.reading import naming_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

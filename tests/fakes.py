@@ -6,6 +6,7 @@ import threading
 import weakref
 
 import numpy as np
+from crc32c import crc32c
 
 
 class FakeDeviceArray:
@@ -68,6 +69,8 @@ class FakeDeviceLibrary:
         self.settled = 0
         self.pinned_nbytes = []
         self.buffer_nbytes = []
+        self.can_sum = True
+        self.summed_nbytes = 0
         # Those that know the device; others would take memory on the first one.
         self._threads = {threading.main_thread().ident}
         self.alive = Alive()
@@ -154,6 +157,10 @@ class FakeDeviceLibrary:
         self.alive.add(-array.nbytes)
         return np.ascontiguousarray(array._host)
 
+    def lane(self, array, nbytes):
+        assert isinstance(array, FakeAdopted)
+        return _FakeLane(self, nbytes)
+
     def fence(self):
         queue = self._queues[threading.current_thread()]
         with self._lock:
@@ -168,6 +175,24 @@ class FakeDeviceLibrary:
 
         return wait
 
+    def summing(self, arrays, count):
+        assert all(array.flags.c_contiguous for array in arrays)
+        if not self.can_sum:
+            return None
+
+        def sums(runs, block_nbytes):
+            assert not any(self._queues.values()), "a copy is not done"
+            found = []
+            for array, start, nbytes in runs:
+                flat = array._host.reshape(-1).view(np.uint8)[start : start + nbytes]
+                blocks = range(0, nbytes, block_nbytes)
+                found += [crc32c(flat[at : at + block_nbytes].data) for at in blocks]
+                self.summed_nbytes += flat.size
+            assert len(found) <= count
+            return found
+
+        return sums
+
     def _queue(self, name, source, target):
         assert source.nbytes == target.nbytes
         assert threading.get_ident() in self._threads
@@ -176,6 +201,36 @@ class FakeDeviceLibrary:
             if target.dtype == np.uint8:
                 target[...] = 0x5A
             self._queues[threading.current_thread()].append(_Copy(source, target))
+
+
+class _FakeLane:
+    """Two parts of pinned memory, of one thread."""
+
+    def __init__(self, library, nbytes):
+        self._library, self._nbytes = library, nbytes
+        self._parts, self._waits, self._turn = [], [None, None], 1
+
+    def take(self, nbytes):
+        turn = self._turn = 1 - self._turn
+        if turn == len(self._parts):
+            self._parts.append(self._library.pinned(self._nbytes))
+        if self._waits[turn] is not None:
+            self._waits[turn]()
+        self._waits[turn] = None
+        self._parts[turn][:] = 0xA5
+        return self._parts[turn][:nbytes]
+
+    def send(self, array, start, nbytes):
+        self._library.write(array, start, self._parts[self._turn][:nbytes])
+        self.begun()
+
+    def begun(self):
+        self._waits[self._turn] = self._library.fence()
+
+    def wait(self):
+        for wait in self._waits:
+            if wait is not None:
+                wait()
 
 
 class _Copy:

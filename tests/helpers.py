@@ -112,8 +112,9 @@ def unescape(text):
 def small_blocks(nbytes=64):
     """Have blocks of checksums of a few bytes, so that small arrays are of many."""
     with pytest.MonkeyPatch.context() as patch:
-        modules = ("checksum", "plan", "reading", "transport.direct", "verifying")
-        for module in (*modules, "formats.digest"):
+        modules = ("checksum", "plan", "reading", "blocks", "to_device", "verifying")
+        for module in (*modules, "transport.direct", "formats.digest"):
             patch.setattr(f"mpisave.{module}.BLOCK_NBYTES", nbytes)
         patch.setattr("mpisave.reading._WINDOW_NBYTES", 4 * nbytes)
+        patch.setattr("mpisave.reading._UPLOAD_NBYTES", 8 * nbytes)
         yield

@@ -12,11 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from boxes import noise
+from crc32c import crc32c
 from helpers import assert_equal_states, assert_on_all_ranks
 from on_device import OnCuPy
 from ranks import assert_nothing_lost, assert_refused, assert_stock, on_each, put_old
 
 import mpisave
+from mpisave.devices import device_library
 
 pytestmark = [
     pytest.mark.mpi,
@@ -150,6 +152,77 @@ def test_managed_memory_is_saved_and_filled(comm, shared_dir, cupy, how):
     assert_holds(comm, shared_dir / "x.opt", every)
     found = cupy.asnumpy(blank)
     on_each(comm, lambda: assert_equal_states(found, host))
+
+
+class TestChecksums:
+    """CRC-32C as the device computes it."""
+
+    LENGTHS = [1, 3, 4, 5, 4095, 4096, 4100, 100_003, MIB - 1, MIB, MIB + 1]
+
+    @pytest.mark.parametrize("skip", [0, 1, 2, 3, 4, 8])
+    def test_sums_are_those_of_the_host(self, comm, cupy, skip):
+        host = noise(3 * MIB, "u1", 5 + comm.rank)
+        array = cupy.asarray(host)
+        sums = device_library().summing([array], 3 * len(self.LENGTHS))
+        starts = [skip + number * 1000 for number in range(len(self.LENGTHS))]
+
+        runs = zip(starts, self.LENGTHS, strict=True)
+        found = sums([(array, start, nbytes) for start, nbytes in runs], MIB // 2)
+
+        expected = [
+            crc32c(host[at : min(at + MIB // 2, start + nbytes)])
+            for start, nbytes in zip(starts, self.LENGTHS, strict=True)
+            for at in range(start, start + nbytes, MIB // 2)
+        ]
+        assert_on_all_ranks(comm, found == expected, found)
+
+    def test_sums_are_of_memory_of_any_kind(self, comm, cupy):
+        host = noise(100_000, "u1", comm.rank)
+        memory = cupy.cuda.malloc_managed(host.nbytes)
+        managed = cupy.ndarray(host.shape, host.dtype, memory)
+        managed.set(host)
+        arrays = [managed, cupy.asarray(host)]
+
+        sums = device_library().summing(arrays, 2)
+        found = sums([(array, 0, host.nbytes) for array in arrays], MIB)
+
+        assert_on_all_ranks(comm, found == 2 * [crc32c(host)], found)
+
+    @pytest.mark.parametrize("block", [0, 150, 299])
+    def test_flipped_bit_of_a_long_array_is_found(
+        self, comm, shared_dir, cupy, block, monkeypatch
+    ):
+        path, where = shared_dir / "x.opt", block * MIB + 12_345
+        array = cupy.arange(300 * MIB // 4, dtype=cupy.int32) * (1 + 4 * comm.rank)
+        state = {f"x{comm.rank}": array}
+        save(comm, path, state, durable=False)
+        last = comm.size - 1
+        if comm.rank == last:
+            part = cupy.asnumpy(array[where // 4 :][:64]).tobytes()
+            data = np.memmap(path, np.uint8, "r+")
+            found = data.tobytes().find(part)
+            data[found] ^= 1
+            data.flush()
+        comm.Barrier()
+        asked = []
+        with monkeypatch.context() as patch:
+            library = type(device_library())
+            summing = library.summing
+            patch.setattr(
+                library,
+                "summing",
+                lambda *args: asked.append(True) or summing(*args),
+            )
+            caught = assert_refused(
+                comm,
+                mpisave.FileFormatError,
+                lambda: mpisave.load(
+                    path, like=state, keys=[(key,) for key in state], comm=comm
+                ),
+                f"'x{last}' is altered: the CRC-32C of block {block} ",
+            )
+        print(caught)
+        assert_on_all_ranks(comm, bool(asked), "it was the device that found it")
 
 
 class TestTorch:

@@ -11,20 +11,27 @@ from helpers import small_blocks
 import mpisave
 from mpisave import ArgumentError, FileFormatError, Shard, StateDictError
 
+MIB = 2**20
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
 RNG = np.random.default_rng(7)
 STATE = {
     "w": RNG.standard_normal((40, 30)).astype(np.float32),
     "small": {f"s{n}": np.arange(n, dtype=np.int16) for n in range(5)},
     "scalar": np.array(2.5),
-    "big": RNG.integers(0, 255, 9 * 2**20, np.uint8),
+    "big": RNG.integers(0, 255, 9 * MIB, np.uint8),
     "step": 7,
 }
 
 
-@pytest.fixture
-def library(monkeypatch):
-    return put_in_place(monkeypatch)
+@pytest.fixture(params=["device", "host", "neither"])
+def library(request, monkeypatch):
+    """Return a stand-in; checksums of long arrays are its, or not, or it has none."""
+    least = 2**60 if request.param == "host" else 0
+    monkeypatch.setattr("mpisave.to_device._LEAST_NBYTES", least)
+    library = put_in_place(monkeypatch)
+    library.can_sum = request.param != "neither"
+    library.is_asked = request.param == "device"
+    return library
 
 
 @pytest.fixture(params=FORMATS)
@@ -56,12 +63,15 @@ def test_whole_state_is_loaded_to_the_device(library, file, device, verify):
     found = mpisave.load(file, device=device, verify=verify)
 
     assert_on_device(found)
+    # Not of arrays that are read together with their neighbours.
+    by_device = STATE["big"].nbytes if verify and library.is_asked else 0
+    assert library.summed_nbytes == by_device
 
 
 def test_no_second_copy_of_the_state_is_in_host_memory(library, file):
     mpisave.load(file, device="cuda")
 
-    assert max(library.pinned_nbytes) <= 4 * 2**20
+    assert max(library.pinned_nbytes) <= 4 * MIB
 
 
 def like_of(state, make):
@@ -143,11 +153,47 @@ def saved_in_small_blocks():
 
 def test_altered_byte_is_found_on_the_way_to_the_device(library, file):
     data = bytearray(file.getvalue())
-    at = data.find(STATE["big"][5 * 2**20 :][:64].tobytes())
+    at = data.find(STATE["big"][5 * MIB :][:64].tobytes())
     data[at] ^= 1
 
     with pytest.raises(FileFormatError, match="'big' is altered"):
         mpisave.load(io.BytesIO(bytes(data)), device="cuda")
+
+
+@pytest.mark.parametrize("at", [0, 3 * MIB - 1, 9 * MIB - 1])
+def test_altered_block_is_named_whoever_computes_checksums(library, at):
+    file = io.BytesIO()
+    mpisave.save({"big": STATE["big"], "more": np.ones(2**18)}, file)
+    data = bytearray(file.getvalue())
+    offset = data.find(STATE["big"][:64].tobytes())
+    data[offset + at] ^= 128
+    if library.is_asked:  # of several, the first in the file
+        data[data.find(np.ones(9).tobytes())] ^= 128
+
+    with pytest.raises(FileFormatError) as caught:
+        mpisave.load(io.BytesIO(bytes(data)), device="cuda")
+
+    block = at // MIB
+    text = f"block {block} at offset {offset + block * MIB} is"
+    assert "'big' is altered" in str(caught.value)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "blocks"),
+    # A window of four blocks is checked there if all of it is wanted.
+    [(0, 9 * MIB, 9), (MIB, 6 * MIB, 5), (1, 9 * MIB, 5), (5, 8 * MIB + 1, 4)],
+)
+def test_block_that_is_not_all_wanted_is_checked_by_the_host(
+    library, file, start, stop, blocks
+):
+    part = FakeDeviceArray(np.zeros(stop - start, np.uint8))
+    like = {"big": Shard(part, STATE["big"].shape, (start,))}
+
+    mpisave.load(file, like=like, into="inplace", keys=("big",))
+
+    np.testing.assert_array_equal(part._host, STATE["big"][start:stop])
+    assert library.summed_nbytes == (blocks * MIB if library.is_asked else 0)
 
 
 def test_dtype_that_the_device_does_not_know_is_refused_by_key(library, monkeypatch):

@@ -10,7 +10,7 @@ import mpisave
 PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
-    ("errors", "cuda_trial", "watchdog", "garbage"),
+    ("errors", "cuda_trial", "watchdog", "garbage", "device_checksum"),
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
     ("threads",),
@@ -22,7 +22,8 @@ ROWS = (
     # `arguments` asks `state_types` which names there are.
     ("arguments", "plan", "weave", "replicas", "report"),
     ("formats", "transport", "election"),
-    ("parts", "wanted", "selection"),
+    ("parts", "wanted", "selection", "blocks"),
+    ("to_device",),
     # What is read for all ranks is checked as what each reads for itself.
     ("reading", "finding", "skeleton"),
     ("sharing", "regrouping", "opening"),
@@ -53,7 +54,7 @@ MAY_IMPORT = {
 PURE = (
     *("tree", "shards", "metadata", "merging", "state_types", "arguments"),
     *("plan", "weave"),
-    *("replicas", "parts", "wanted", "selection", "checksum"),
+    *("replicas", "parts", "wanted", "selection", "checksum", "blocks"),
 )
 IMPURE = {
     *("mpi4py", "h5py", "cupy", "time", "socket", "tempfile", "threading"),
