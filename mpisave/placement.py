@@ -46,7 +46,7 @@ def communicator(comm: Any) -> Any:
 # More threads than this in one rank wrote no faster: one process at a time writes to a
 # file. Reading went on to gain, see docs/performance.md.
 MOST_WRITERS = 4
-MOST_READERS = 8
+MOST_READERS = 12
 
 
 def threads_of(ranks: Sequence[tuple[str, int, int]], rank: int, most: int) -> int:

@@ -51,7 +51,7 @@ SHORTEST_RUN_NBYTES = 256 * 2**10
 SCRATCH_NBYTES = 4 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take twice as long to make
 class Extent:
     """The run of file bytes that holds one array."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -50,26 +50,34 @@ def flatten(state: object, rank: int = 0, size: int = 1) -> list[Node]:
     StateDictError
         If a key is neither str nor int, or a container holds itself.
     """
-    return list(_walk(state, (), (), (rank, size)))
+    nodes: list[Node] = []
+    _walk(nodes, state, (), (), (rank, size))
+    return nodes
 
 
 def _walk(
-    value: Any, key: Key, above: tuple[int, ...], rank: tuple[int, int] | None
-) -> Iterator[Node]:
+    nodes: list[Node],
+    value: Any,
+    key: Key,
+    above: tuple[int, ...],
+    rank: tuple[int, int] | None,
+) -> None:
+    """Append the node of a value, and those of what it holds."""
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, Mapping):
-        yield Node(key, "dict", None)
+        nodes.append(Node(key, "dict", None))
         items = value.items()
     elif isinstance(value, (list, tuple)):
-        yield Node(key, "list" if isinstance(value, list) else "tuple", len(value))
+        kind: Kind = "list" if isinstance(value, list) else "tuple"
+        nodes.append(Node(key, kind, len(value)))
         items = enumerate(value)
     elif isinstance(value, PerRank):
         if rank is None:
             raise StateDictError(f"{show_key(key)} is a PerRank within a PerRank")
-        yield Node(key, "per_rank", rank[1])
+        nodes.append(Node(key, "per_rank", rank[1]))
         items, rank = [(rank[0], value.value)], None
     else:
-        yield Node(key, "leaf", value)
+        nodes.append(Node(key, "leaf", value))
         return
     if id(value) in above or len(above) >= MAX_DEPTH:
         raise StateDictError(
@@ -87,7 +95,7 @@ def _walk(
             raise StateDictError(
                 f"{show_key(key)} has the key {name!a}: it is no valid Unicode"
             )
-        yield from _walk(item, (*key, name), above, rank)
+        _walk(nodes, item, (*key, name), above, rank)
 
 
 def _is_text(name: str) -> bool:

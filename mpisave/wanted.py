@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Make: TypeAlias = Callable[[Stored, Point, Point], npt.NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Want:
     """A box of an array in a file, and the memory that it goes to."""
 

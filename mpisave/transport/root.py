@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from mpisave.transport.base import Incoming, Moved, Route, Sums
     from mpisave.transport.memory import Memory
 
-# Own arrays are written in blocks, so that a round that has arrived need not wait, and
-# that a block is in the cache still when it is written after its checksum.
+# What is written of own arrays before a round that has arrived: several blocks, each of
+# which is copied from a device while the one before it is written.
+_OWN_TURN_NBYTES = 8 * 2**20
+
+# A block is in the cache still when it is written after its checksum.
 _OWN_BLOCK_NBYTES = 2**20
 
 
@@ -64,7 +67,7 @@ class Root:
             )
         self._buffers_free = threading.Semaphore(len(self._free))
         begin = in_new_thread(held)
-        self._writer = _Writer(begin, self._own_blocks())  # last: a thread to end
+        self._writer = _Writer(begin, self._own_turns())  # last: a thread to end
 
     @property
     def error(self) -> BaseException | None:
@@ -184,22 +187,22 @@ class Root:
         self._free.append(buffer)
         self._buffers_free.release()
 
-    def _own_blocks(self) -> Iterator[Callable[[], None]]:
-        """Yield the writes of this rank's own arrays, in blocks of bounded length."""
-        block: list[tuple[int, int, int]] = []
+    def _own_turns(self) -> Iterator[Callable[[], None]]:
+        """Yield the writes of this rank's own arrays, each of bounded length."""
+        turn: list[tuple[int, int, int]] = []
         waiting = 0
         for item, nbytes in enumerate(self._own.nbytes):
-            for start in range(0, nbytes, _OWN_BLOCK_NBYTES):
-                stop = min(start + _OWN_BLOCK_NBYTES, nbytes)
-                block.append((item, start, stop))
+            for start in range(0, nbytes, _OWN_TURN_NBYTES):
+                stop = min(start + _OWN_TURN_NBYTES, nbytes)
+                turn.append((item, start, stop))
                 waiting += stop - start
-                if waiting >= _OWN_BLOCK_NBYTES:
-                    yield functools.partial(self._write_own, block)
-                    block, waiting = [], 0
-        yield functools.partial(self._write_own, block)
+                if waiting >= _OWN_TURN_NBYTES:
+                    yield functools.partial(self._write_own, turn)
+                    turn, waiting = [], 0
+        yield functools.partial(self._write_own, turn)
 
-    def _write_own(self, block: list[tuple[int, int, int]]) -> None:
-        for item, first, stop in block:
+    def _write_own(self, turn: list[tuple[int, int, int]]) -> None:
+        for item, first, stop in turn:
             with naming(self._arrays[item].name):
                 self._write_run(item, self._arrays[item], first, stop)
 
@@ -280,8 +283,8 @@ class _Writer:
                 done()
 
     def _write_own(self) -> None:
-        block = next(self._own, None) if self._own else None
-        if block is None:
+        turn = next(self._own, None) if self._own else None
+        if turn is None:
             self._own = None
         else:
-            block()
+            turn()
