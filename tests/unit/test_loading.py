@@ -180,7 +180,7 @@ def test_index_of_one_format_in_a_file_of_the_other_is_refused():
 def test_file_cut_at_every_byte_is_refused(whole):
     start = int.from_bytes(whole[-32:-24], "little")
     # Without its index, HDF5 is whole, and a process has to look into it.
-    step = 97 if whole[0] == 0x89 else 1
+    step = 397 if whole[0] == 0x89 else 1
     for nbytes in (*range(start), *range(start, len(whole), step), len(whole) - 1):
         with pytest.raises(FileFormatError):
             mpisave.load(io.BytesIO(whole[:nbytes]))
