@@ -177,11 +177,13 @@ def test_index_of_one_format_in_a_file_of_the_other_is_refused():
         mpisave.load(io.BytesIO(mixed))
 
 
-def test_file_cut_at_every_byte_is_refused(whole):
+def test_file_that_was_cut_is_refused(whole):
     start = int.from_bytes(whole[-32:-24], "little")
-    # Without its index, HDF5 is whole, and a process has to look into it.
-    step = 397 if whole[0] == 0x89 else 1
-    for nbytes in (*range(start), *range(start, len(whole), step), len(whole) - 1):
+    # HDF5 without an index is another program's: it takes longer to look into it, and
+    # without its index only it is whole, so that a process has to.
+    early, late = (5, 397) if whole[0] == 0x89 else (1, 1)
+    cuts = *range(0, start, early), *range(start, len(whole), late), len(whole) - 1
+    for nbytes in cuts:
         with pytest.raises(FileFormatError):
             mpisave.load(io.BytesIO(whole[:nbytes]))
 
