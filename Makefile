@@ -10,12 +10,12 @@ SIZES ?= 1,2,3,4
 PYTEST := $(BIN)/python -m pytest
 
 # Quick to start, and as many ranks as one likes, as root too.
-export OMPI_ALLOW_RUN_AS_ROOT = 1
-export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
-export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
-export OMPI_MCA_pml = ob1
-export OMPI_MCA_btl = self,sm
-export OMPI_MCA_osc = ^ucx
+export OMPI_ALLOW_RUN_AS_ROOT ?= 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
+export PRTE_MCA_rmaps_default_mapping_policy ?= :oversubscribe
+export OMPI_MCA_pml ?= ob1
+export OMPI_MCA_btl ?= self,sm
+export OMPI_MCA_osc ?= ^ucx
 
 .PHONY: demo test unit mpi lint types docs ci test-openmpi test-slow test-slurm test-gpu \
 	test-readers test-faults coverage coverage-report fuzz \
@@ -113,8 +113,20 @@ test-slow: $(READY)
 	$(PYTEST) -o faulthandler_timeout=1500 -m slow tests/unit
 	$(PYTEST) --mpi-sizes 2,4 --mpi-timeout 900 -m slow tests/mpi
 
-test-gpu: $(READY)
-	$(PYTEST) --mpi-sizes 1,2,4 -m gpu tests/mpi/test_devices.py tests/mpi/test_gpu.py
+# On a machine with a GPU, whose driver has CUDA 12 or 13; of an MPI that is given device
+# memory: make test-gpu BIN=/path/to/env/bin OMPI_MCA_pml=ucx, see docs/gpu.md.
+CUDA ?= 13
+GPU_BIN := $(if $(READY),.venv-gpu/bin,$(BIN))
+
+.venv-gpu/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --upgrade pip
+	.venv-gpu/bin/python -m pip install -q -e '.[mpich,cuda$(CUDA),bfloat16,demo,test]'
+	touch $@
+
+test-gpu: $(if $(READY),.venv-gpu/ready)
+	$(GPU_BIN)/python -c 'import sys, mpisave.bench.gpu as g; sys.exit(g.missing() or 0)'
+	$(GPU_BIN)/python -m pytest --mpi-sizes $(SIZES) -m gpu tests/mpi
 
 # Damage to files, in tens of thousands of cases: minutes. `make unit` has a short cut.
 test-faults: $(READY)

@@ -25,8 +25,8 @@ _KINDS = frozenset("biufc")
 # All that `dtype_name` gives. NumPy would parse more, with Python's own parser:
 # records, subarrays, and what makes it raise SyntaxError.
 _PLAIN_NAME = re.compile(r"[<>|=][biufc][0-9]{1,2}")
-# DLPack's code of memory that the CPU reads (dlpack.h, kDLCPU).
-_DLPACK_CPU = 1
+# DLPack's codes of memory that the CPU reads (dlpack.h): its own, and pinned.
+_DLPACK_CPU = (1, 3)
 # Its codes of memory of CUDA: of a device, and managed.
 _DLPACK_CUDA = (2, 13)
 # Dtypes of torch that NumPy does not take by DLPack, and integers as wide.
@@ -226,12 +226,12 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     torch = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(obj, torch.Tensor)
     if is_tensor:
-        obj = obj.detach()  # type: ignore[attr-defined]
+        obj = _as_it_lies(obj)
     if hasattr(obj, "__cuda_array_interface__"):
         return _on_device(obj, name)
     if hasattr(obj, "__dlpack_device__") and hasattr(obj, "__dlpack__"):
         kind = int(obj.__dlpack_device__()[0])
-        if kind == _DLPACK_CPU:
+        if kind in _DLPACK_CPU:
             array = _of_tensor(obj, torch) if is_tensor else np.from_dlpack(obj)
             return _on_host(array, name)
         if kind in _DLPACK_CUDA:
@@ -245,6 +245,17 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     except TypeError:
         return None
     return _on_host(np.asarray(buffer), name)
+
+
+def _as_it_lies(tensor: Any) -> Any:
+    """Return a tensor without its gradient, if its memory holds its values."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise TypeError(
+            "a tensor that is a view of conjugate or negative values, as imag and conj "
+            "make them, holds others in memory: give what its resolve_conj() and "
+            "resolve_neg() return"
+        )
+    return tensor.detach()
 
 
 def _of_tensor(tensor: Any, torch: Any) -> npt.NDArray[Any]:

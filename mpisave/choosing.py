@@ -100,8 +100,8 @@ def choose(
 ) -> Choice:
     """Choose whether MPI is given device memory. Collective.
 
-    Asked and tried once for each communicator, `wanted` and roots; again when ranks
-    hold device arrays that held none then.
+    Asked and tried once for each communicator and `wanted`, and proven for each set of
+    roots; again when ranks hold device arrays that held none then.
 
     Parameters
     ----------
@@ -133,7 +133,8 @@ def choose(
     tried, choice = own.kept.get(key, (frozenset(), None))
     if choice is None or not holders <= tried:
         hosts = [host for host, _ in where]
-        choice = _Search(own, wanted, memory, hosts, holders, roots).choice(timeout_s)
+        search = _Search(own, wanted, memory, hosts, holders, roots)
+        choice = search.choice(holders, timeout_s)
         own.kept[key] = holders, choice
         if own.rank == 0:
             _log.info(
@@ -142,6 +143,14 @@ def choose(
             )
     found: Choice = choice
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the libraries have said, and what came of the trials."""
+
+    works: bool
+    found: Sequence[str]
 
 
 class _Search:
@@ -166,28 +175,17 @@ class _Search:
         self._tries = own.rank in lowest.values()
         self._found: list[str] = []
 
-    def choice(self, timeout_s: float | None) -> Choice:
-        """Ask, try, prove."""
-        own, wanted = self._own, self._wanted
-        answers = exchange(own, STEP, _ask)
-        asked = min(range(own.size), key=lambda rank: _RANKING[answers[rank].says])
-        says = answers[asked].says
-        self._note(asked, answers[asked].how)
-        if wanted == "auto" and says is False:
-            return self._by_host()
-        limit_s = TRIAL_S if timeout_s is None else min(TRIAL_S, timeout_s / 2)
-        found = exchange(own, STEP, lambda: self._try(limit_s))
-        trials = {rank: tried for rank, tried in enumerate(found) if tried is not None}
-        worst = min(trials, key=lambda rank: _RANKING[trials[rank].works])
-        works = trials[worst].works
-        self._note(worst, f"trial: {trials[worst].how}")
-        # Where it could not be tried, whoever wants it takes the library's word.
-        if not works and not (wanted == "device" and works is None and says):
-            advice = _REPAIR if says and works is False else _INSTALL
-            wrong = {
-                r: f"trial: {t.how}" for r, t in trials.items() if t.works is works
-            }
-            return self._by_host(wrong, advice)
+    def choice(self, holders: frozenset[int], timeout_s: float | None) -> Choice:
+        """Ask and try, unless that was done; prove."""
+        own = self._own
+        key = f"{STEP}: {self._wanted}, trial"
+        tried, outcome = own.kept.get(key, (frozenset(), None))
+        if outcome is None or not holders <= tried:
+            outcome = self._ask_and_try(timeout_s)
+            own.kept[key] = holders, outcome
+        self._found = [*outcome.found]
+        if not outcome.works:
+            return Choice("host", "; ".join(self._found))
         wrong = self._prove()
         if wrong:
             first = min(wrong)
@@ -195,14 +193,34 @@ class _Search:
             return self._by_host(wrong, _VISIBLE)
         return Choice("device", "; ".join([*self._found, "proof: the right bytes"]))
 
+    def _ask_and_try(self, timeout_s: float | None) -> _Outcome:
+        own, wanted = self._own, self._wanted
+        answers = exchange(own, STEP, _ask)
+        asked = min(range(own.size), key=lambda rank: _RANKING[answers[rank].says])
+        says = answers[asked].says
+        self._note(asked, answers[asked].how)
+        if wanted == "auto" and says is False:
+            return _Outcome(works=False, found=self._found)
+        limit_s = TRIAL_S if timeout_s is None else min(TRIAL_S, timeout_s / 2)
+        found = exchange(own, STEP, lambda: self._try(limit_s))
+        trials = {rank: tried for rank, tried in enumerate(found) if tried is not None}
+        worst = min(trials, key=lambda rank: _RANKING[trials[rank].works])
+        works = trials[worst].works
+        self._note(worst, f"trial: {trials[worst].how}")
+        # Where it could not be tried, whoever wants it takes the library's word.
+        if works or (wanted == "device" and works is None and says):
+            return _Outcome(works=True, found=self._found)
+        advice = _REPAIR if says and works is False else _INSTALL
+        wrong = {r: f"trial: {t.how}" for r, t in trials.items() if t.works is works}
+        self._by_host(wrong, advice)
+        return _Outcome(works=False, found=self._found)
+
     def _note(self, rank: int, what: str) -> None:
         self._found.append(f"rank {rank} ({self._hosts[rank]}): {what}")
 
-    def _by_host(
-        self, wrong: Mapping[int, str] | None = None, advice: str = ""
-    ) -> Choice:
+    def _by_host(self, wrong: Mapping[int, str], advice: str) -> Choice:
         """Fall back to the host; where the device was wanted, raise on all ranks."""
-        if self._wanted == "auto" or wrong is None:
+        if self._wanted == "auto":
             return Choice("host", "; ".join(self._found))
         said = self._found[0]
 

@@ -24,7 +24,7 @@ _GENERATOR = 0x82F63B78  # x to the power 31 is the lowest bit
 
 _NAME = "crc32c_of_blocks"
 _SOURCE = r"""
-extern "C" __global__ void crc32c_of_blocks(
+extern "C" __global__ void __launch_bounds__(1024) crc32c_of_blocks(
     const unsigned long long* at,  // address of each block
     const unsigned int* nbytes,    // of each block
     const unsigned int* shifts,    // 4 x 256: a byte of a sum, a turn of all threads on
@@ -112,8 +112,11 @@ class Summing:
                 self._kernel.compile()  # for this device, if it was not before
                 at = cupy.empty(count, np.uint64)
                 lengths, sums = (cupy.empty(count, np.uint32) for _ in range(2))
-                factors = [cupy.asarray(table) for table in tables()]
+                factors = [cupy.empty(table.shape, np.uint32) for table in tables()]
                 # The pool may give memory that work of other streams is not done with.
+                cupy.cuda.runtime.deviceSynchronize()
+                for factor, table in zip(factors, tables(), strict=True):
+                    factor.set(table)
                 cupy.cuda.runtime.deviceSynchronize()
             self._memory[number] = at, lengths, *factors, sums
 
@@ -146,12 +149,16 @@ class Summing:
     def _sums(self, device: int, at: npt.NDArray[np.uint64], lengths: Words) -> Words:
         n = len(at)
         its_at, its_lengths, shifts, lasts, sums = self._memory[device]
-        with self._cupy.cuda.Device(device), self._cupy.cuda.Stream(non_blocking=True):
-            its_at[:n].set(at)
-            its_lengths[:n].set(lengths)
-            arguments = its_at, its_lengths, shifts, lasts, sums
-            self._kernel((n,), (_THREADS,), arguments)
-            on_host: Words = sums[:n].get()
+        cuda = self._cupy.cuda
+        with cuda.Device(device), cuda.Stream(non_blocking=True) as stream:
+            try:
+                its_at[:n].set(at)
+                its_lengths[:n].set(lengths)
+                arguments = its_at, its_lengths, shifts, lasts, sums
+                self._kernel((n,), (_THREADS,), arguments)
+                on_host: Words = sums[:n].get()
+            finally:  # the kernel writes to memory that an interrupt gives back
+                stream.synchronize()
         return on_host
 
 

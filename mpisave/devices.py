@@ -71,6 +71,10 @@ class DeviceLibrary(Protocol):
         """Return the number of the device of an array, as CUDA counts."""
         ...
 
+    def span(self, array: Any) -> tuple[int, int]:
+        """Return the first address of an array, and the one after its last byte."""
+        ...
+
     def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
         """Return what makes the device of `array` the current one meanwhile."""
         ...
@@ -207,8 +211,11 @@ class _CuPy:
         number: int = array.data.device_id
         return number
 
+    def span(self, array: Any) -> tuple[int, int]:
+        return span(array.data.ptr, array)
+
     def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
-        return self._device(array.device.id)
+        return self._device(array.data.device_id)
 
     def use(self, array: Any) -> None:
         self._runtime.setDevice(array.device.id)
@@ -290,11 +297,12 @@ class _CuPy:
         queues.kept = []
 
         def wait() -> None:
-            while used:
-                event, free = used[-1]
+            for event, _ in tuple(used):
                 event.synchronize()
-                used.pop()
-                free.append(event)
+            with contextlib.suppress(IndexError):  # another thread waits for it too
+                while True:
+                    event, free = used.pop()
+                    free.append(event)
             kept.clear()
 
         return wait
@@ -314,8 +322,8 @@ class _CuPy:
 
     @property
     def memcpy(self) -> tuple[Callable[[int, int, int, int, int], None], int]:
-        """What queues a copy, and the kind of one from the host to a device."""
-        return self._runtime.memcpyAsync, self._runtime.memcpyHostToDevice
+        """What queues a copy, and the kind of one of which the addresses tell."""
+        return self._runtime.memcpyAsync, self._runtime.memcpyDefault
 
     def _queue(self, target: int, source: int, nbytes: int, on_device: Any) -> None:
         if nbytes:
@@ -356,13 +364,13 @@ class _CuPy:
 
 
 class _CuPyLane:
-    """A lane to one device. Eight threads share the GIL: there is little in between."""
+    """A lane to one device. Many threads share the GIL: there is little in between."""
 
     def __init__(self, library: _CuPy, number: int, nbytes: int) -> None:
         self._library, self._nbytes = library, nbytes
         self._copy, self._kind = library.memcpy
         self._stream = library.stream(number)
-        self._pointer = self._stream.ptr
+        self._pointer, self._all = self._stream.ptr, self._stream.synchronize
         self._events = [library.event(number) for _ in range(2)]
         self._parts: list[Bytes] = []
         self._at: list[int] = []
@@ -382,6 +390,7 @@ class _CuPyLane:
         turn = self._turn
         event = self._events[turn]
         at = array.data.ptr + start
+        self._waits[turn] = self._all  # if this is interrupted
         self._copy(at, self._at[turn], nbytes, self._kind, self._pointer)
         event.record(self._stream)
         self._waits[turn] = event.synchronize
@@ -390,8 +399,31 @@ class _CuPyLane:
         self._waits[self._turn] = self._library.fence()
 
     def wait(self) -> None:
-        for wait in self._waits:
-            wait()
+        first, second = self._waits
+        try:
+            first()
+        finally:
+            second()
+
+
+def span(at: int, array: Any) -> tuple[int, int]:
+    """Return the addresses between which the bytes of an array lie.
+
+    Parameters
+    ----------
+    at : int
+        The address of its first element.
+    array : array
+        Of any strides.
+    """
+    if not array.nbytes:
+        return at, at
+    reach = [
+        (n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)
+    ]
+    low = sum(far for far in reach if far < 0)
+    high = sum(far for far in reach if far > 0)
+    return at + low, at + high + array.dtype.itemsize
 
 
 def _address(memory: Any) -> int:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 # Blocks that one call reads; also what a thread stages.
 _WINDOW_NBYTES = 4 * BLOCK_NBYTES
 
-# What a thread reads to a device before it asks for more.
-_UPLOAD_NBYTES = 8 * _WINDOW_NBYTES
+# What a thread reads to a device before it asks for more, at most.
+_UPLOAD_WINDOWS = 8
 
 # Arrays shorter than this are read together with their neighbours.
 _SMALL_NBYTES = 64 * 2**10
@@ -84,7 +84,10 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     # Of one size or the other: pinned memory is used again by who wants as much.
     most = _TOGETHER_NBYTES if longest <= _TOGETHER_NBYTES else _WINDOW_NBYTES
     checks = Checks(held if verify else [])
-    run = _Run(source, Staging(most), checks, verify=verify)
+    # So that there is something for each thread, and all end at the same time.
+    share = sum(a.nbytes for a in held if a.library is not None) // (2 * threads)
+    windows = min(max(1, share // _WINDOW_NBYTES), _UPLOAD_WINDOWS)
+    run = _Run(source, Staging(most), checks, windows * _WINDOW_NBYTES, verify=verify)
     try:
         in_threads(_jobs(run, wants), threads, in_new_thread(held))
     finally:
@@ -99,6 +102,7 @@ class _Run:
     source: Source
     staging: Staging
     checks: Checks
+    upload_nbytes: int  # what a thread reads to a device before it asks for more
     verify: bool
 
 
@@ -117,7 +121,7 @@ def _jobs(run: _Run, wants: Sequence[Want]) -> Iterator[Callable[[], None]]:
         box = _Box(want, verify=run.verify)
         is_on_device = want.held.library is not None
         is_sent_whole = is_on_device and box.is_all and box.is_flat
-        most = _UPLOAD_NBYTES if is_sent_whole else _WINDOW_NBYTES
+        most = run.upload_nbytes if is_sent_whole else _WINDOW_NBYTES
         for first, stop in box.windows(most):
             at = box.inside(first, stop)
             if is_on_device and at is not None:

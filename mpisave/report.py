@@ -37,9 +37,9 @@ class SaveReport:
     rounds : int
         Calls of Gatherv, and of Alltoallv for shards in short runs, for one file.
     transport : str
-        ``"gather (device)"`` where MPI was given memory of devices, ``"gather (host)"``
-        where not, ``"direct (host)"`` where all ranks write, or ``"none"`` where
-        nothing had to move.
+        ``"gather (device)"`` where Gatherv was given memory of devices, ``"gather
+        (host)"`` where not, ``"direct (host)"`` where all ranks write, or ``"none"``
+        where nothing had to move.
     metadata_nbytes : int
         Bytes of all small messages that this rank sent: what is not payload.
     """

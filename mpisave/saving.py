@@ -509,7 +509,7 @@ class _Call:
         payload = int(whole.merged.nbytes_of_entries().sum())
         transport = "none"
         if self.comm.size > 1 and (moved.rounds or self.roots is None):
-            where = "device" if self.by_device else "host"
+            where = "device" if moved.by_device else "host"
             transport = "direct (host)" if self.roots is None else f"gather ({where})"
         return SaveReport(
             (self.target.name,),

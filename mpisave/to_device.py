@@ -6,6 +6,8 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpisave.arrays import library_of
 from mpisave.blocks import check_sum
 from mpisave.checksum import BLOCK_NBYTES
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpisave.arrays import HeldArray
-    from mpisave.devices import Lane
+    from mpisave.devices import DeviceLibrary, Lane
     from mpisave.formats.index import Stored
 
 # With less, CUDA's compiler, at the first time, and the calls of the device take longer
@@ -68,18 +70,24 @@ class Checks:
     """
 
     def __init__(self, held: Sequence[HeldArray]) -> None:
-        there = [a for a in held if a.library is not None and a.is_contiguous]
+        there = [array for array in held if array.library is not None]
         library = library_of(there)
         self._sum: Any = None
-        if library is not None and sum(a.nbytes for a in there) >= _LEAST_NBYTES:
-            # All but the last block of an array are full.
-            most = sum(a.nbytes // BLOCK_NBYTES + 1 for a in there)
-            self._sum = library.summing([a.source for a in there], most)
+        self._taken: set[int] = set()
         self._parts: list[tuple[Stored, int, HeldArray, int, int]] = []
+        if library is None or sum(a.nbytes for a in there) < _LEAST_NBYTES:
+            return
+        whole = [a for a in _alone(there, library) if a.is_contiguous]
+        # All but the last block of an array are full.
+        most = sum(a.nbytes // BLOCK_NBYTES + 1 for a in whole)
+        if whole:
+            self._sum = library.summing([a.source for a in whole], most)
+        if self._sum is not None:
+            self._taken = set(map(id, whole))
 
     def takes(self, held: HeldArray) -> bool:
-        """Return whether blocks of a contiguous array are checked where they are."""
-        return self._sum is not None and held.library is not None
+        """Return whether blocks of an array are checked where they are."""
+        return id(held) in self._taken
 
     def add(
         self, stored: Stored, first: int, held: HeldArray, at: int, nbytes: int
@@ -109,3 +117,13 @@ class Checks:
                 for number, value in enumerate(sums, start=first):
                     check_sum(stored, number, value)
             done += count
+
+
+def _alone(held: Sequence[HeldArray], library: DeviceLibrary) -> list[HeldArray]:
+    """Return the arrays that share no memory with others, which may come after them."""
+    spans = np.array([library.span(array.source) for array in held], np.uint64)
+    order = np.argsort(spans[:, 0], kind="stable")
+    starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+    group = np.cumsum(np.append(False, starts[1:] < stops[:-1]) == 0)
+    is_alone = np.bincount(group)[group] == 1
+    return [held[i] for i in order[is_alone].tolist()]

@@ -8,6 +8,8 @@ import weakref
 import numpy as np
 from crc32c import crc32c
 
+from mpisave.devices import span
+
 
 class FakeDeviceArray:
     """Shows host memory behind ``__cuda_array_interface__``; the host may not look.
@@ -40,9 +42,10 @@ class FakeDeviceArray:
 class FakeAdopted(FakeDeviceArray):
     """What the library makes of a device array: it has views, and no values."""
 
-    def __init__(self, host, owner=None):
+    def __init__(self, host, owner=None, number=0):
         super().__init__(host)
         self.owner = owner
+        self.number = number  # of its device
         self.shape, self.ndim, self.dtype = host.shape, host.ndim, host.dtype
         self.size, self.nbytes, self.flags = host.size, host.nbytes, host.flags
         self.device = "fake"
@@ -52,7 +55,7 @@ class FakeAdopted(FakeDeviceArray):
         where = where if isinstance(where, tuple) else (where,)
         if Ellipsis not in where:
             where = (*where, Ellipsis)
-        return type(self)(self._host[where], self.owner)
+        return type(self)(self._host[where], self.owner, self.number)
 
 
 class FakeDeviceLibrary:
@@ -69,10 +72,12 @@ class FakeDeviceLibrary:
         self.settled = 0
         self.pinned_nbytes = []
         self.buffer_nbytes = []
+        self.viewed = []  # devices of what MPI may have been given as it lies
         self.can_sum = True
         self.summed_nbytes = 0
         # Those that know the device; others would take memory on the first one.
         self._threads = {threading.main_thread().ident}
+        self._current = threading.local()
         self.alive = Alive()
         self._work = []
         self._queues = collections.defaultdict(collections.deque)
@@ -91,14 +96,24 @@ class FakeDeviceLibrary:
         return not obj.__cuda_array_interface__["data"][1]
 
     def ordinal(self, array):
-        return 0
+        return array.number
 
+    def span(self, array):
+        return span(array._host.ctypes.data, array._host)
+
+    @contextlib.contextmanager
     def current(self, array):
-        assert isinstance(array, FakeAdopted)
-        return contextlib.nullcontext()
+        before = self.current_number
+        self._current.number = array.number
+        yield
+        self._current.number = before
+
+    @property
+    def current_number(self):
+        return getattr(self._current, "number", 0)
 
     def use(self, array):
-        assert isinstance(array, FakeAdopted)
+        self._current.number = array.number
         self._threads.add(threading.get_ident())
 
     def settle(self, arrays):
@@ -114,7 +129,9 @@ class FakeDeviceLibrary:
     def empty(self, shape, dtype, device):
         if not dtype.isnative:
             raise TypeError("a device has no swapped byte order")
-        return FakeAdopted(np.full(shape, 0, dtype))
+        number = getattr(device, "number", device)
+        number = self.current_number if number is None else number
+        return FakeAdopted(np.full(shape, 0, dtype), number=number)
 
     def pinned(self, nbytes):
         assert threading.get_ident() in self._threads
@@ -124,10 +141,13 @@ class FakeDeviceLibrary:
     def buffer(self, nbytes, like):
         assert isinstance(like, FakeAdopted)
         self.buffer_nbytes.append(nbytes)
-        return FakeAdopted(self.alive(np.full(nbytes, 0xA5, np.uint8)))
+        memory = self.alive(np.full(nbytes, 0xA5, np.uint8))
+        return FakeAdopted(memory, number=like.number)
 
     def view(self, array, start, stop):
-        return FakeAdopted(array._host.reshape(-1).view(np.uint8)[start:stop])
+        self.viewed.append(array.number)
+        memory = array._host.reshape(-1).view(np.uint8)[start:stop]
+        return FakeAdopted(memory, number=array.number)
 
     def copy(self, source, target):
         name = "write" if isinstance(source, np.ndarray) else "read"
@@ -228,9 +248,10 @@ class _FakeLane:
         self._waits[self._turn] = self._library.fence()
 
     def wait(self):
-        for wait in self._waits:
-            if wait is not None:
-                wait()
+        with contextlib.ExitStack() as every:
+            for wait in self._waits:
+                if wait is not None:
+                    every.callback(wait)
 
 
 class _Copy:

@@ -116,5 +116,4 @@ def small_blocks(nbytes=64):
         for module in (*modules, "transport.direct", "formats.digest"):
             patch.setattr(f"mpisave.{module}.BLOCK_NBYTES", nbytes)
         patch.setattr("mpisave.reading._WINDOW_NBYTES", 4 * nbytes)
-        patch.setattr("mpisave.reading._UPLOAD_NBYTES", 8 * nbytes)
         yield

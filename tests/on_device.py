@@ -43,9 +43,15 @@ class OnFake:
     def __init__(self, monkeypatch):
         self.library = put_in_place(monkeypatch)
 
-    def to_device(self, host):
-        """Return an array on the device of the same bytes and strides."""
-        return FakeAdopted(self._copy(host))
+    second = 1  # the number of another device
+
+    def to_device(self, host, number=0):
+        """Return an array on a device of the same bytes and strides."""
+        return FakeAdopted(self._copy(host), number=number)
+
+    def ordinal(self, array):
+        """Return the number of the device of an array."""
+        return array.number
 
     def raw(self, host, *, read_only=False):
         """Return the same as an object of which only the interface is known."""
@@ -103,12 +109,22 @@ class OnCuPy:
         knows = int(self.cupy.__version__.partition(".")[0]) >= 14
         self.dtypes = [*DTYPES, BFLOAT16] if knows else DTYPES
 
-    def to_device(self, host):
-        if not host.size:
-            return self.cupy.empty(host.shape, host.dtype)
-        data, first = _memory(host)
-        memory = self.cupy.asarray(data).data + first
-        return self.cupy.ndarray(host.shape, host.dtype, memory, host.strides)
+    @property
+    def second(self):
+        if self.cupy.cuda.runtime.getDeviceCount() < 2:
+            pytest.skip("there is one device")
+        return 1
+
+    def to_device(self, host, number=None):
+        with self.cupy.cuda.Device(number):
+            if not host.size:
+                return self.cupy.empty(host.shape, host.dtype)
+            data, first = _memory(host)
+            memory = self.cupy.asarray(data).data + first
+            return self.cupy.ndarray(host.shape, host.dtype, memory, host.strides)
+
+    def ordinal(self, array):
+        return array.device.id
 
     def raw(self, host, *, read_only=False):
         return Interface(self.to_device(host), read_only)

@@ -80,6 +80,7 @@ class Moved:
     of_streams: dict[int, Sums] = field(default_factory=dict)
     of_chunks: dict[int, Sums] = field(default_factory=dict)
     rounds: int = 0
+    by_device: int = 0  # of these, with memory of a device
     nbytes: int = 0  # that arrived here through MPI
     waited_s: float = 0.0  # in MPI
     written_s: float = 0.0  # in writing payload

@@ -107,12 +107,16 @@ class Root:
         moved: Moved,
     ) -> None:
         """Receive a round and hand it to the writer."""
-        self._buffers_free.acquire()
-        buffer = self._free.popleft()
         displs = displacements(counts)
-        began = time.perf_counter()
-        ready = self._receive(buffer, counts, displs)
-        moved.waited_s += time.perf_counter() - began
+        # On the device, a round arrives while both buffers of the host are in use.
+        moved.by_device += self._by_device
+        if self._on_device:
+            arrival = self._arrive(counts, displs, moved)
+            buffer = self._take()
+            ready = self._copy(arrival, buffer, int(counts.sum()))
+        else:
+            buffer, ready = self._take(), fence(None)
+            self._gatherv(buffer, counts, displs, moved)
         moved.rounds += 1
         moved.nbytes += int(counts.sum())
 
@@ -122,21 +126,21 @@ class Root:
 
         self._writer.put(write, lambda: self._done(buffer))
 
-    def _receive(
-        self,
-        buffer: Bytes,
-        counts: Column,
-        displs: Column,
-    ) -> Callable[[], None]:
-        """Receive a round; return what waits until it is in `buffer`."""
-        if not self._on_device:
-            self._gatherv(buffer, counts, displs)
-            return fence(None)
+    def _take(self) -> Bytes:
+        """Return a buffer of the host, once one is free."""
+        self._buffers_free.acquire()
+        return self._free.popleft()
+
+    def _arrive(self, counts: Column, displs: Column, moved: Moved) -> Any:
+        """Receive a round on the device; return where it is."""
         arrival, is_free = self._on_device.popleft()
         with contextlib.suppress(Exception):  # told by the writer
             is_free()
-        self._gatherv(arrival, counts, displs)
-        nbytes = int(counts.sum())
+        self._gatherv(arrival, counts, displs, moved)
+        return arrival
+
+    def _copy(self, arrival: Any, buffer: Bytes, nbytes: int) -> Callable[[], None]:
+        """Begin to copy a round to the host; return what waits for it."""
         try:
             device_library().copy(arrival[:nbytes], buffer[:nbytes])
             ready = fence(self._library)
@@ -156,14 +160,18 @@ class Root:
         buffer: Any,
         counts: Column,
         displs: Column,
+        moved: Moved,
     ) -> None:
         from mpi4py import MPI
+
+        began = time.perf_counter()
 
         # The root's own part is in place, and empty: it is written from its arrays.
         # An MPI without CUDA would otherwise copy device memory with memcpy.
         received = [buffer, counts.tolist(), displs.tolist(), MPI.BYTE]
         request = self._comm.raw.Igatherv(MPI.IN_PLACE, received, root=self._root)
         self._comm.wait(request)
+        moved.waited_s += time.perf_counter() - began
 
     def _write(
         self,

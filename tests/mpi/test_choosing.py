@@ -129,8 +129,12 @@ def test_each_rank_that_gathers_proves_what_it_receives(ranks, monkeypatch):
     monkeypatch.setattr(choosing._Gathered, "check", wrong_at_last)
 
     assert_chosen(ranks, ranks.choose(roots=(0,)), "device")
+    asked, tried = ranks.asked, ranks.tried
     choice = ranks.choose(roots=(0, last))
     assert_chosen(ranks, choice, "host", f"rank {last}")
+    assert_chosen(ranks, ranks.choose(roots=(0,)), "device")
+    once = (ranks.asked, ranks.tried) == (asked, tried)
+    assert_on_all_ranks(ranks.comm, once, "a trial takes seconds")
 
 
 @pytest.mark.mpi(min_size=2)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ranks import (
 
 import mpisave
 from mpisave import Shard, Shards
+from mpisave.transport.root import Root
 
 pytestmark = pytest.mark.mpi
 
@@ -195,6 +198,76 @@ class TestSave:
             touched = any(state[key] is not own[key] for key in own)
             used = len(devices.library.calls) > 0
             assert_on_all_ranks(comm, used or not touched, "copied by the border")
+            for_mpi = devices.library.buffer_nbytes + devices.library.viewed
+            no_more = route.by_device or not for_mpi
+            assert_on_all_ranks(comm, no_more, "MPI was given memory of the host")
+
+    @pytest.mark.parametrize("cap", ["10K", "3G"])
+    def test_arrays_may_lie_on_several_devices(
+        self, comm, shared_dir, devices, route, cap
+    ):
+        places = {"long": 0, "other": devices.second, "strided": devices.second}
+
+        def of(rank):
+            found = {f"{key}{rank}": noise((70, 90), "f4", rank) for key in places}
+            found[f"strided{rank}"] = found[f"strided{rank}"][:, ::3]
+            return found
+
+        state = {
+            key: devices.to_device(array, place)
+            for (key, array), place in zip(
+                of(comm.rank).items(), places.values(), strict=True
+            )
+        }
+
+        how = route.arguments(comm)
+        mpisave.save(state, shared_dir / "x.opt", max_grouped_size=cap, **how)
+
+        expected = {k: a for rank in range(comm.size) for k, a in of(rank).items()}
+        assert_saved(comm, shared_dir / "x.opt", expected, use_binary_format=False)
+        if devices.library is not None:
+            near = set(devices.library.viewed) <= {0}
+            assert_on_all_ranks(comm, near, "MPI knows the device that was tried")
+
+        # Into arrays where they lie, new ones beside those, and on a named device.
+        blank = {
+            key: devices.to_device(np.zeros_like(array), place)
+            for (key, array), place in zip(
+                of(comm.rank).items(), places.values(), strict=True
+            )
+        }
+        ask = {"keys": [(key,) for key in blank], "comm": comm}
+        path = shared_dir / "x.opt"
+        for found, where_to in [
+            (mpisave.load(path, like=blank, into="inplace", **ask), places.values()),
+            (mpisave.load(path, like=blank, **ask), places.values()),
+            (mpisave.load(path, device="cuda:1", **ask), [1, 1, 1]),
+        ]:
+            numbers_of = [devices.ordinal(array) for array in found.values()]
+            assert_on_all_ranks(comm, numbers_of == list(where_to), numbers_of)
+            same = bits(devices, found)
+            mine = {key: file_of(array) for key, array in of(comm.rank).items()}
+            on_each(comm, lambda mine=mine, same=same: assert_equal_states(same, mine))
+
+    @pytest.mark.mpi(min_size=2)
+    def test_report_names_the_memory_that_gatherv_was_given(
+        self, comm, shared_dir, devices, route
+    ):
+        if not route.roots:
+            pytest.skip("nothing is gathered")
+        columns = numbers((300, 4 * comm.size), "f4")
+        start = (0, 4 * comm.rank)
+        part = devices.to_device(columns[:, start[1] : start[1] + 4].copy())
+        state = {"x": Shard(part, columns.shape, start)}
+
+        report = mpisave.save(state, shared_dir / "x.opt", **route.arguments(comm))
+
+        # What lies in short runs is exchanged in memory of the host.
+        same = report.transport == "gather (host)"
+        assert_on_all_ranks(comm, same, report.transport)
+        assert_saved(
+            comm, shared_dir / "x.opt", {"x": columns}, use_binary_format=False
+        )
 
     def test_objects_of_which_the_interface_is_all_that_is_known_are_saved(
         self, comm, shared_dir, devices, route
@@ -548,6 +621,44 @@ def blank_of(array, layout):
 
 
 BLANKS = ["C", "fortran", "strided", "reversed"]
+
+
+@only_fake
+@pytest.mark.mpi(min_size=2)
+def test_round_arrives_while_one_is_copied_and_one_written(
+    comm, shared_dir, devices, monkeypatch
+):
+    trust_mpi(monkeypatch)
+    third_began, waited = threading.Event(), []
+    pwrite, gatherv = os.pwrite, Root._gatherv
+
+    def watched(self, *args):
+        watched.calls += 1
+        if watched.calls == 3:
+            third_began.set()
+        gatherv(self, *args)
+
+    def slow(descriptor, data, offset):
+        # The first round on disk waits for the third Gatherv.
+        if watched.calls and not waited:
+            waited.append(third_began.wait(timeout=20))
+        return pwrite(descriptor, data, offset)
+
+    watched.calls = 0
+    monkeypatch.setattr(Root, "_gatherv", watched)
+    monkeypatch.setattr(os, "pwrite", slow)
+    state = {f"x{comm.rank}": devices.to_device(numbers((4000,), "f8", comm.rank))}
+    state = {} if comm.rank == 0 else state
+    blank = {"mine": devices.to_device(np.zeros(0))} if comm.rank == 0 else {}
+
+    mpisave.save(
+        state | blank,
+        shared_dir / "x.opt",
+        max_grouped_size=20_000,
+        **Route("one", by_device=True).arguments(comm),
+    )
+
+    assert_on_all_ranks(comm, comm.rank or waited == [True], "three at a time")
 
 
 class TestLoad:

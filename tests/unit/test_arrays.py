@@ -2,6 +2,7 @@
 
 import array
 import ctypes
+import importlib.util
 import math
 import sys
 import types
@@ -39,8 +40,15 @@ DTYPES = [*NUMPY_DTYPES, np.dtype("g"), np.dtype("G"), *ML_DTYPES]
 class FakeTensor:
     """What mpisave uses of a tensor of torch on the host."""
 
-    def __init__(self, array, dtype, *, is_detached=False):
+    def __init__(self, array, dtype, *, is_detached=False, lazy=""):
         self.array, self.dtype, self.is_detached = array, dtype, is_detached
+        self.lazy = lazy
+
+    def is_conj(self):
+        return self.lazy == "conj"
+
+    def is_neg(self):
+        return self.lazy == "neg"
 
     def detach(self):
         return FakeTensor(self.array, self.dtype, is_detached=True)
@@ -223,6 +231,46 @@ def test_tensor_that_requires_a_gradient_is_read_and_filled_where_it_lies(
     assert held.source.tolist() == memory.T.tolist()
     assert held.source.ctypes.data == memory.ctypes.data
     assert plain.source.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("lazy", ["conj", "neg"])
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_tensor_whose_memory_holds_other_values_is_refused(
+    monkeypatch, library, lazy, where
+):
+    """PyTorch leaves the sign of ``x.conj().imag`` to whoever reads it."""
+    torch = types.SimpleNamespace(Tensor=FakeTensor)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    made = FakeTensor(np.arange(3.0), np.dtype(float), lazy=lazy)
+    if where == "device":
+        made.__cuda_array_interface__ = None
+
+    with pytest.raises(TypeError, match="resolve_neg"):
+        held_array(made)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
+def test_tensors_of_torch_are_what_they_say():
+    torch = importlib.import_module("torch")
+    values = torch.tensor([1 + 2j, 3 - 4j])
+
+    held = held_array(values.conj().resolve_conj())
+
+    assert held.source.tolist() == [1 - 2j, 3 + 4j]
+    for lazy in (values.conj(), values.conj().imag):
+        with pytest.raises(TypeError, match="resolve_neg"):
+            held_array(lazy)
+
+
+def test_pinned_memory_of_the_host_is_read_and_filled_where_it_lies():
+    made = np.arange(3.0)
+
+    held = held_array(DLPackArray(made, device=(3, 0)))
+
+    assert held.library is None
+    assert np.shares_memory(held.source, made)
 
 
 @pytest.mark.parametrize("kind", [2, 13], ids=["device", "managed"])

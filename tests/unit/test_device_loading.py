@@ -9,7 +9,7 @@ from fakes import FakeDeviceArray, put_in_place
 from helpers import small_blocks
 
 import mpisave
-from mpisave import ArgumentError, FileFormatError, Shard, StateDictError
+from mpisave import ArgumentError, FileFormatError, Shard, StateDictError, reading
 
 MIB = 2**20
 FORMATS = [pytest.param(False, id="pickle"), pytest.param(True, id="hdf5")]
@@ -194,6 +194,57 @@ def test_block_that_is_not_all_wanted_is_checked_by_the_host(
 
     np.testing.assert_array_equal(part._host, STATE["big"][start:stop])
     assert library.summed_nbytes == (blocks * MIB if library.is_asked else 0)
+
+
+@pytest.mark.parametrize("key", [None, "a", "b"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_arrays_that_share_memory_are_checked_as_they_come(
+    library, monkeypatch, key, threads
+):
+    """Tied weights: what is there in the end is of one of them."""
+    monkeypatch.setattr("mpisave.loading.threads_of", lambda *_: threads)
+    big, other = STATE["big"], STATE["big"][::-1].copy()
+    file = io.BytesIO()
+    mpisave.save({"a": big, "b": other, "alone": big}, file)
+    data = bytearray(file.getvalue())
+    if key:
+        start = data.find({"a": big, "b": other}[key][:64].tobytes())
+        data[start + MIB + 5] ^= 1
+    shared = FakeDeviceArray(np.zeros(big.size + 100, np.uint8))
+    whole = library.adopt(shared)
+    like = {"a": whole[: big.size], "b": whole[100:][: big.size]}
+    like["alone"] = FakeDeviceArray(np.zeros_like(big))
+
+    def load():
+        return mpisave.load(io.BytesIO(bytes(data)), like=like, into="inplace")
+
+    if key:
+        with pytest.raises(FileFormatError, match=f"'{key}' is altered.*block 1 at"):
+            load()
+    else:
+        load()
+        assert library.summed_nbytes == (big.size if library.is_asked else 0)
+        np.testing.assert_array_equal(like["alone"]._host, big)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 12])
+def test_long_array_is_work_for_all_threads(library, monkeypatch, threads):
+    asked = []
+    in_threads = reading.in_threads
+
+    def watched(jobs, threads, begin):
+        jobs = list(jobs)
+        asked.append(len(jobs))
+        return in_threads(jobs, threads, begin)
+
+    monkeypatch.setattr("mpisave.loading.threads_of", lambda *_: threads)
+    monkeypatch.setattr(reading, "in_threads", watched)
+    file = io.BytesIO()
+    mpisave.save({"big": np.zeros(80 * MIB, np.uint8)}, file)
+
+    mpisave.load(file, device="cuda")
+
+    assert asked == [{1: 3, 2: 4, 12: 20}[threads]]
 
 
 def test_dtype_that_the_device_does_not_know_is_refused_by_key(library, monkeypatch):
