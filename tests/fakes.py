@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 from crc32c import crc32c
 
-from mpisave.devices import span
+from mpisave.cupy_devices import span
 
 
 class FakeDeviceArray:
@@ -367,5 +367,5 @@ def _memory(buffer):
 def put_in_place(monkeypatch):
     """Have mpisave take the fake for CuPy; return it."""
     library = FakeDeviceLibrary()
-    monkeypatch.setattr("mpisave.devices._cupy", lambda: library)
+    monkeypatch.setattr("mpisave.devices.cupy_library", lambda: library)
     return library

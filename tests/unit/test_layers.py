@@ -11,6 +11,7 @@ PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
     ("errors", "cuda_trial", "watchdog", "garbage", "device_checksum"),
+    ("cupy_devices",),
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
     ("threads",),
@@ -42,7 +43,7 @@ MAY_IMPORT_MPISAVE = {"saving": "in a function", "bench": "anywhere"}
 # these libraries.
 MAY_IMPORT = {
     # cuda_trial is a program: a process of its own.
-    "cupy": {"devices", "cuda_trial", "bench"},
+    "cupy": {"cupy_devices", "cuda_trial", "bench"},
     "h5py": {"formats.hdf5", "formats.hdf5_inspection", "bench"},
     "mpi4py": {
         *("deadlines", "comms", "placement", "transport"),
