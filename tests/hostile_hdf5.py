@@ -712,7 +712,8 @@ def load_each(paths):
             outcome = str(exc)
         else:
             outcome = None
-            path.with_suffix(".loaded").write_bytes(pickle.dumps(state))
+            # Before protocol 5, NumPy gives swapped byte order back in the machine's.
+            path.with_suffix(".loaded").write_bytes(pickle.dumps(state, protocol=5))
         seconds = time.monotonic() - began
         kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         # Not getrusage: that counts what this process was before it became Python.
