@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mpisave.cupy_devices import span
 from mpisave.devices import DeviceLibrary, device_library, fence, host_memory
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ class HeldArray:
         """Whether the bytes lie in memory as they are counted."""
         contiguous: bool = self.source.flags.c_contiguous
         return contiguous
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first address of the array, and the one after its last byte."""
+        if self.library is not None:
+            return self.library.span(self.source)
+        return span(self.source.ctypes.data, self.source)
 
     def view(self, start: int, stop: int) -> Bytes | None:
         """Return bytes `start` to `stop` without a copy, or None if that cannot be."""
@@ -284,6 +292,33 @@ def _on_host(array: npt.NDArray[Any], name: str) -> HeldArray:
 def library_of(held: Iterable[HeldArray]) -> DeviceLibrary | None:
     """Return the library of the arrays that lie on a device, if any does."""
     return next((array.library for array in held if array.library is not None), None)
+
+
+def alone(held: Iterable[HeldArray]) -> list[HeldArray]:
+    """Return the arrays that share no memory with others of them.
+
+    Of those that do, what is there in the end is that of one.
+    """
+    every = list(held)
+    # Those of NumPy, each with memory of its own: addresses take longer to find out.
+    owners = {id(owner) for owner in map(_owner, every) if owner is not None}
+    if len(owners) == len(every):
+        return every
+    spans = np.array([array.span for array in every], np.uint64).reshape(-1, 2)
+    order = np.argsort(spans[:, 0], kind="stable")
+    starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+    is_first = np.append(True, starts[1:] >= stops[:-1])[: len(every)]
+    group = np.cumsum(is_first)
+    is_alone = np.bincount(group)[group] == 1
+    return [every[i] for i in order[is_alone].tolist()]
+
+
+def _owner(held: HeldArray) -> Any:
+    """Return the array of NumPy that has taken the memory of an array, or None."""
+    if held.library is not None:
+        return None
+    base = held.source if held.source.base is None else held.source.base
+    return base if isinstance(base, np.ndarray) and base.flags.owndata else None
 
 
 def in_new_thread(held: Iterable[HeldArray]) -> Callable[[], None]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpisave import garbage
 from mpisave.arguments import check_same, deadline, parse_timeout
-from mpisave.arrays import settle
+from mpisave.arrays import alone, settle
 from mpisave.collective import Steps
 from mpisave.comms import SoloComm, private_comm
 from mpisave.devices import device_library
@@ -249,7 +249,10 @@ class _Load(Steps):
 
             def read_own() -> tuple[int, int]:
                 with naming_file(source.name):
-                    read(source, wants, verify=verify, threads=threads)
+                    mine, tied = self._by_memory(wants) if threads > 1 else (wants, [])
+                    read(source, mine, verify=verify, threads=threads)
+                    if tied:  # one after the other: checked before the next is there
+                        read(source, tied, verify=verify, threads=1)
                     if not verify or self.options.mmap:
                         return 0, 0
                     # Last: pages that hold both payload and skeleton are there now.
@@ -394,6 +397,16 @@ class _Load(Steps):
         for text in texts if self.own.rank == 0 else ():
             warn_caller(text)
 
+    def _by_memory(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
+        """Return the wants whose arrays share no memory with others, and the rest."""
+        if self.options.into != "inplace":
+            return list(wants), []
+        lonely = set(map(id, alone(want.held for want in wants)))
+        parts: tuple[list[Want], list[Want]] = [], []
+        for want in wants:
+            parts[id(want.held) not in lonely].append(want)
+        return parts
+
     def _in_common(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
         """Return what all ranks want whole, and the rest of what this one wants."""
         whole = {
@@ -401,6 +414,9 @@ class _Load(Steps):
             for want in wants
             if is_whole(want) and want.held.library is None
         }
+        _, tied = self._by_memory(wants)  # these are checked when all have come
+        for want in tied:
+            whole.pop(want.stored.key, None)
         every = self.exchange("find what all ranks want", lambda: self._bits({*whole}))
         bits = np.bitwise_and.reduce([np.frombuffer(b, np.uint8) for b in every])
         by_all = np.unpackbits(bits, count=len(self._order)).tolist()

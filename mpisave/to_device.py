@@ -6,9 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mpisave.arrays import library_of
+from mpisave.arrays import alone, library_of
 from mpisave.blocks import check_sum
 from mpisave.checksum import BLOCK_NBYTES
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mpisave.arrays import HeldArray
-    from mpisave.devices import DeviceLibrary, Lane
+    from mpisave.devices import Lane
     from mpisave.formats.index import Stored
 
 # With less, CUDA's compiler, at the first time, and the calls of the device take longer
@@ -77,7 +75,7 @@ class Checks:
         self._parts: list[tuple[Stored, int, HeldArray, int, int]] = []
         if library is None or sum(a.nbytes for a in there) < _LEAST_NBYTES:
             return
-        whole = [a for a in _alone(there, library) if a.is_contiguous]
+        whole = [a for a in alone(there) if a.is_contiguous]
         # All but the last block of an array are full.
         most = sum(a.nbytes // BLOCK_NBYTES + 1 for a in whole)
         if whole:
@@ -117,13 +115,3 @@ class Checks:
                 for number, value in enumerate(sums, start=first):
                     check_sum(stored, number, value)
             done += count
-
-
-def _alone(held: Sequence[HeldArray], library: DeviceLibrary) -> list[HeldArray]:
-    """Return the arrays that share no memory with others, which may come after them."""
-    spans = np.array([library.span(array.source) for array in held], np.uint64)
-    order = np.argsort(spans[:, 0], kind="stable")
-    starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
-    group = np.cumsum(np.append(False, starts[1:] < stops[:-1]) == 0)
-    is_alone = np.bincount(group)[group] == 1
-    return [held[i] for i in order[is_alone].tolist()]

@@ -998,6 +998,46 @@ class TestShared:
         assert_on_all_ranks(comm, sum(reads) < most, f"{sum(reads)} bytes read")
 
     @pytest.mark.mpi(min_size=2)
+    @pytest.mark.parametrize("altered", [None, "a", "b"])
+    def test_arrays_that_share_memory_are_read_by_each_rank(
+        self, comm, shared_dir, monkeypatch, altered
+    ):
+        """Tied weights, of a file in which they were not: the last is what is there."""
+        state = {key: noise(5000, "u1", n) for n, key in enumerate(("a", "b", "c"))}
+        path = put(comm, shared_dir / "x", state, use_binary_format=False)
+        if altered and comm.rank == 0:
+            data = bytearray(path.read_bytes())
+            data[data.find(state[altered][:100].tobytes())] ^= 1
+            path.write_bytes(data)
+        comm.Barrier()
+        memory = np.zeros(6000, np.uint8)
+        like = {"a": memory[:5000], "b": memory[1000:], "c": np.zeros(5000, np.uint8)}
+        shared = []
+
+        def load():
+            with hosts(monkeypatch, comm) as patch:
+                read_shared = loading.read_shared
+                patch.setattr(
+                    loading,
+                    "read_shared",
+                    lambda own, source, wants, **how: (
+                        shared.extend(want.stored.key for want in wants)
+                        or read_shared(own, source, wants, **how)
+                    ),
+                )
+                mpisave.load(path, like=like, into="inplace", comm=comm)
+
+        if altered:
+            text = f"'{altered}' is altered"
+            assert_refused(comm, mpisave.FileFormatError, load, text)
+            return
+        load()
+
+        assert_on_all_ranks(comm, shared == [("c",)], shared)
+        on_each(comm, lambda: np.testing.assert_array_equal(like["c"], state["c"]))
+        on_each(comm, lambda: np.testing.assert_array_equal(like["b"], state["b"]))
+
+    @pytest.mark.mpi(min_size=2)
     def test_only_what_all_ranks_want_whole_is_shared(self, comm, whole, monkeypatch):
         x, y = WHOLE["x"], WHOLE["deep"]["y"]
         is_last = comm.rank == comm.size - 1

@@ -299,3 +299,23 @@ def test_file_that_is_replaced_between_index_and_payload_loads_as_it_was(
     monkeypatch.setattr(opening, "find_index", find_and_replace)
 
     assert_equal_states(mpisave.load(path, **how), old)
+
+
+@pytest.mark.parametrize("use_binary_format", [False, True])
+def test_arrays_that_share_memory_are_checked_one_after_the_other(
+    monkeypatch, use_binary_format
+):
+    """Tied weights, of a file in which they were not: the last is what is there."""
+    monkeypatch.setattr("mpisave.loading.threads_of", lambda *_: 4)
+    rng = np.random.default_rng(3)
+    state = {f"x{n}": rng.integers(0, 255, 3 * 2**20, np.uint8) for n in range(6)}
+    data = saved(state, use_binary_format)
+    memory = np.zeros(3 * 2**20, np.uint8)
+    like = dict.fromkeys(state, memory) | {"x2": np.zeros_like(memory)}
+
+    for _ in range(5):
+        memory[:] = 0
+        mpisave.load(io.BytesIO(data), like=like, into="inplace")
+
+        np.testing.assert_array_equal(memory, state["x5"])
+        np.testing.assert_array_equal(like["x2"], state["x2"])
