@@ -11,7 +11,7 @@ def test_verify_finds_all_damage_and_load_is_right_or_refuses(file):
     counts = collections.defaultdict(corruption.Counts)
     # One byte in a few of the small file: test_verifying takes them all.
     for _, way, reader, verdict in corruption.read_all(
-        file, many=200, bits=1, one_in=9
+        file, many=200, bits=1, one_in=19
     ):
         counts[way, reader][verdict] += 1
 

@@ -201,13 +201,12 @@ def assert_flips_do_no_harm(folder, outcome_of, count, seed):
     assert loaded > count // 10  # otherwise nothing was compared
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_flipped_bytes_of_metadata_do_no_harm(tmp_path, outcome_of, seed):
-    assert_flips_do_no_harm(tmp_path, outcome_of, 20, seed)
+def test_flipped_bytes_of_metadata_do_no_harm(tmp_path, outcome_of):
+    assert_flips_do_no_harm(tmp_path, outcome_of, 20, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 28))
+@pytest.mark.parametrize("seed", range(1, 28))
 def test_many_flipped_bytes_of_metadata_do_no_harm(tmp_path, outcome_of, seed):
     assert_flips_do_no_harm(tmp_path, outcome_of, 24, seed)
 
