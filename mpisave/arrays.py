@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mpisave.cupy_devices import span
 from mpisave.devices import DeviceLibrary, device_library, fence, host_memory
 
 if TYPE_CHECKING:
@@ -64,10 +63,15 @@ class HeldArray:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The first address of the array, and the one after its last byte."""
-        if self.library is not None:
-            return self.library.span(self.source)
-        return span(self.source.ctypes.data, self.source)
+        """The lowest address of the array, and the one after its last byte."""
+        array, library = self.source, self.library
+        at: int = array.ctypes.data if library is None else library.address(array)
+        if not self.nbytes:
+            return at, at
+        strides: tuple[int, ...] = array.strides
+        reach = [(n - 1) * far for n, far in zip(self.shape, strides, strict=True)]
+        low, high = (sum(f for f in reach if f * sign > 0) for sign in (-1, 1))
+        return at + low, at + high + self.dtype.itemsize
 
     def view(self, start: int, stop: int) -> Bytes | None:
         """Return bytes `start` to `stop` without a copy, or None if that cannot be."""

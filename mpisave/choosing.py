@@ -190,7 +190,8 @@ class _Search:
         if wrong:
             first = min(wrong)
             self._note(first, wrong[first])
-            return self._by_host(wrong, _VISIBLE)
+            self._refuse_if_asked(wrong, _VISIBLE)
+            return Choice("host", "; ".join(self._found))
         return Choice("device", "; ".join([*self._found, "proof: the right bytes"]))
 
     def _ask_and_try(self, timeout_s: float | None) -> _Outcome:
@@ -212,16 +213,16 @@ class _Search:
             return _Outcome(works=True, found=self._found)
         advice = _REPAIR if says and works is False else _INSTALL
         wrong = {r: f"trial: {t.how}" for r, t in trials.items() if t.works is works}
-        self._by_host(wrong, advice)
+        self._refuse_if_asked(wrong, advice)
         return _Outcome(works=False, found=self._found)
 
     def _note(self, rank: int, what: str) -> None:
         self._found.append(f"rank {rank} ({self._hosts[rank]}): {what}")
 
-    def _by_host(self, wrong: Mapping[int, str], advice: str) -> Choice:
-        """Fall back to the host; where the device was wanted, raise on all ranks."""
+    def _refuse_if_asked(self, wrong: Mapping[int, str], advice: str) -> None:
+        """Raise on all ranks what is wrong on some, where the device was asked for."""
         if self._wanted == "auto":
-            return Choice("host", "; ".join(self._found))
+            return
         said = self._found[0]
 
         def refuse() -> None:

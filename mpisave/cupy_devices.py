@@ -74,8 +74,8 @@ class _CuPy:
         number: int = array.data.device_id
         return number
 
-    def span(self, array: Any) -> tuple[int, int]:
-        return span(array.data.ptr, array)
+    def address(self, array: Any) -> int:
+        return _address(array)
 
     def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:
         return self._device(array.data.device_id)
@@ -267,26 +267,6 @@ class _Lane:
             first()
         finally:
             second()
-
-
-def span(at: int, array: Any) -> tuple[int, int]:
-    """Return the addresses between which the bytes of an array lie.
-
-    Parameters
-    ----------
-    at : int
-        The address of its first element.
-    array : array
-        Of any strides.
-    """
-    if not array.nbytes:
-        return at, at
-    reach = [
-        (n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)
-    ]
-    low = sum(far for far in reach if far < 0)
-    high = sum(far for far in reach if far > 0)
-    return at + low, at + high + array.dtype.itemsize
 
 
 def _address(memory: Any) -> int:

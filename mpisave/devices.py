@@ -66,8 +66,8 @@ class DeviceLibrary(Protocol):
         """Return the number of the device of an array, as CUDA counts."""
         ...
 
-    def span(self, array: Any) -> tuple[int, int]:
-        """Return the first address of an array, and the one after its last byte."""
+    def address(self, array: Any) -> int:
+        """Return the address of the first element of an array."""
         ...
 
     def current(self, array: Any) -> contextlib.AbstractContextManager[Any]:

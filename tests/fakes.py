@@ -8,8 +8,6 @@ import weakref
 import numpy as np
 from crc32c import crc32c
 
-from mpisave.cupy_devices import span
-
 
 class FakeDeviceArray:
     """Shows host memory behind ``__cuda_array_interface__``; the host may not look.
@@ -48,6 +46,7 @@ class FakeAdopted(FakeDeviceArray):
         self.number = number  # of its device
         self.shape, self.ndim, self.dtype = host.shape, host.ndim, host.dtype
         self.size, self.nbytes, self.flags = host.size, host.nbytes, host.flags
+        self.strides = host.strides
         self.device = "fake"
 
     def __getitem__(self, where):
@@ -98,8 +97,8 @@ class FakeDeviceLibrary:
     def ordinal(self, array):
         return array.number
 
-    def span(self, array):
-        return span(array._host.ctypes.data, array._host)
+    def address(self, array):
+        return array._host.ctypes.data
 
     @contextlib.contextmanager
     def current(self, array):

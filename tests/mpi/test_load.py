@@ -965,6 +965,18 @@ def watch_reads(patch):
     return found
 
 
+def watch_shared(patch):
+    """Return a list of the keys that are read once for all ranks, as it comes to be."""
+    shared, read_shared = [], loading.read_shared
+
+    def watched(own, source, wants, **how):
+        shared.extend(want.stored.key for want in wants)
+        read_shared(own, source, wants, **how)
+
+    patch.setattr(loading, "read_shared", watched)
+    return shared
+
+
 class TestShared:
     """What all ranks of several hosts want: read once and passed on."""
 
@@ -1016,15 +1028,7 @@ class TestShared:
 
         def load():
             with hosts(monkeypatch, comm) as patch:
-                read_shared = loading.read_shared
-                patch.setattr(
-                    loading,
-                    "read_shared",
-                    lambda own, source, wants, **how: (
-                        shared.extend(want.stored.key for want in wants)
-                        or read_shared(own, source, wants, **how)
-                    ),
-                )
+                shared.append(watch_shared(patch))
                 mpisave.load(path, like=like, into="inplace", comm=comm)
 
         if altered:
@@ -1033,7 +1037,7 @@ class TestShared:
             return
         load()
 
-        assert_on_all_ranks(comm, shared == [("c",)], shared)
+        assert_on_all_ranks(comm, shared == [[("c",)]], shared)
         on_each(comm, lambda: np.testing.assert_array_equal(like["c"], state["c"]))
         on_each(comm, lambda: np.testing.assert_array_equal(like["b"], state["b"]))
 
@@ -1051,17 +1055,8 @@ class TestShared:
         like["flags"] = np.ones(77, bool)
         if is_last:
             like["step"] = 0
-        shared = []
         with hosts(monkeypatch, comm) as patch:
-            read_shared = loading.read_shared
-            patch.setattr(
-                loading,
-                "read_shared",
-                lambda own, source, wants, **how: (
-                    shared.extend(want.stored.key for want in wants)
-                    or read_shared(own, source, wants, **how)
-                ),
-            )
+            shared = watch_shared(patch)
             found = mpisave.load(
                 whole,
                 comm=comm,
