@@ -156,4 +156,4 @@ docs: $(READY)
 ci: lint types test docs
 
 clean:
-	rm -rf .venv .venv-openmpi .venv-fuzz .fuzz docs/_build demo-out build *.egg-info
+	rm -rf .venv .venv-* .fuzz docs/_build demo-out build *.egg-info

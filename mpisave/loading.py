@@ -249,10 +249,7 @@ class _Load(Steps):
 
             def read_own() -> tuple[int, int]:
                 with naming_file(source.name):
-                    mine, tied = self._by_memory(wants) if threads > 1 else (wants, [])
-                    read(source, mine, verify=verify, threads=threads)
-                    if tied:  # one after the other: checked before the next is there
-                        read(source, tied, verify=verify, threads=1)
+                    read(source, wants, verify=verify, threads=threads)
                     if not verify or self.options.mmap:
                         return 0, 0
                     # Last: pages that hold both payload and skeleton are there now.
@@ -397,26 +394,15 @@ class _Load(Steps):
         for text in texts if self.own.rank == 0 else ():
             warn_caller(text)
 
-    def _by_memory(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
-        """Return the wants whose arrays share no memory with others, and the rest."""
-        if self.options.into != "inplace":
-            return list(wants), []
-        lonely = set(map(id, alone(want.held for want in wants)))
-        parts: tuple[list[Want], list[Want]] = [], []
-        for want in wants:
-            parts[id(want.held) not in lonely].append(want)
-        return parts
-
     def _in_common(self, wants: Sequence[Want]) -> tuple[list[Want], list[Want]]:
         """Return what all ranks want whole, and the rest of what this one wants."""
+        # They are checked when all have come: not those of which others are seen then.
+        lonely = set(map(id, alone(want.held for want in wants)))
         whole = {
             want.stored.key: want
             for want in wants
-            if is_whole(want) and want.held.library is None
+            if is_whole(want) and want.held.library is None and id(want.held) in lonely
         }
-        _, tied = self._by_memory(wants)  # these are checked when all have come
-        for want in tied:
-            whole.pop(want.stored.key, None)
         every = self.exchange("find what all ranks want", lambda: self._bits({*whole}))
         bits = np.bitwise_and.reduce([np.frombuffer(b, np.uint8) for b in every])
         by_all = np.unpackbits(bits, count=len(self._order)).tolist()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import in_new_thread
+from mpisave.arrays import alone, in_new_thread
 from mpisave.blocks import check_blocks
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.errors import (
@@ -68,7 +68,8 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     source : Source
         The file.
     wants : sequence of Want
-        Boxes, each with its memory.
+        Boxes, each with its memory. Of those that share memory, the last in the file is
+        what is there.
     verify : bool
         Whether to check the CRC-32C of every block that is touched: all of it is read.
     threads : int
@@ -80,16 +81,21 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
         If bytes are missing, or are not what was saved.
     """
     held = [want.held for want in wants]
+    lonely = set(map(id, alone(held)))
+    mine = [want for want in wants if id(want.held) in lonely]
+    # One after the other: each is checked before the next is there.
+    tied = [want for want in wants if id(want.held) not in lonely]
     longest = max((want.stored.extent.nbytes for want in wants), default=0)
     # Of one size or the other: pinned memory is used again by who wants as much.
     most = _TOGETHER_NBYTES if longest <= _TOGETHER_NBYTES else _WINDOW_NBYTES
-    checks = Checks(held if verify else [])
+    checks = Checks([want.held for want in mine] if verify else [])
     # So that there is something for each thread, and all end at the same time.
     share = sum(a.nbytes for a in held if a.library is not None) // (2 * threads)
     windows = min(max(1, share // _WINDOW_NBYTES), _UPLOAD_WINDOWS)
     run = _Run(source, Staging(most), checks, windows * _WINDOW_NBYTES, verify=verify)
     try:
-        in_threads(_jobs(run, wants), threads, in_new_thread(held))
+        in_threads(_jobs(run, mine), threads, in_new_thread(held))
+        in_threads(_jobs(run, tied), 1)
     finally:
         run.staging.finish()
     checks.check()

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from mpisave.arrays import alone, library_of
+from mpisave.arrays import library_of
 from mpisave.blocks import check_sum
 from mpisave.checksum import BLOCK_NBYTES
 
@@ -64,7 +64,7 @@ class Checks:
     Parameters
     ----------
     held : sequence of HeldArray
-        What is read.
+        What is read: no two share memory, of which the last would be seen.
     """
 
     def __init__(self, held: Sequence[HeldArray]) -> None:
@@ -75,7 +75,7 @@ class Checks:
         self._parts: list[tuple[Stored, int, HeldArray, int, int]] = []
         if library is None or sum(a.nbytes for a in there) < _LEAST_NBYTES:
             return
-        whole = [a for a in alone(there) if a.is_contiguous]
+        whole = [a for a in there if a.is_contiguous]
         # All but the last block of an array are full.
         most = sum(a.nbytes // BLOCK_NBYTES + 1 for a in whole)
         if whole:
