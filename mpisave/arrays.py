@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mpisave.devices import DeviceLibrary, device_library, fence, host_memory
+from mpisave.devices import (
+    DeviceLibrary,
+    device_library,
+    fence,
+    host_memory,
+    pinnable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -161,6 +167,8 @@ class HeldArray:
         # What does not lie together is packed by the device first.
         copies = 2 if self.library is None or self.is_contiguous else 3
         most = max(1, min(nbytes, scratch_nbytes // copies))
+        if self.library is not None:
+            most = pinnable(most)
         length = min(most, stop - start)
         turns = itertools.cycle(
             [host_memory(length, self.library, most) for _ in range(2)]
@@ -168,7 +176,11 @@ class HeldArray:
 
         def begin(at: int) -> tuple[Bytes, Callable[[], None]]:
             out = next(turns)[: stop - at]
-            self.stage(at, out)
+            try:
+                self.stage(at, out)
+            except BaseException:  # some of its copies may be queued
+                fence(self.library)()
+                raise
             return out, fence(self.library)
 
         ahead = [begin(start)] if start < stop else []
@@ -229,7 +241,7 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     TypeError
         If the array's dtype cannot be saved.
     """
-    if isinstance(obj, np.ndarray):
+    if type(obj) is np.ndarray:
         return _on_host(obj, name)
     if obj is None or isinstance(
         obj, (bool, int, float, complex, str, bytes, bytearray, np.generic)
@@ -239,8 +251,11 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     is_tensor = torch is not None and isinstance(obj, torch.Tensor)
     if is_tensor:
         obj = _as_it_lies(obj)
+    # Numba has subclasses of NumPy's arrays that a device writes to.
     if hasattr(obj, "__cuda_array_interface__"):
         return _on_device(obj, name)
+    if isinstance(obj, np.ndarray):
+        return _on_host(obj, name)
     if hasattr(obj, "__dlpack_device__") and hasattr(obj, "__dlpack__"):
         kind = int(obj.__dlpack_device__()[0])
         if kind in _DLPACK_CPU:
@@ -257,6 +272,16 @@ def held_array(obj: object, name: str = "") -> HeldArray | None:
     except TypeError:
         return None
     return _on_host(np.asarray(buffer), name)
+
+
+def is_writable(obj: Any, held: HeldArray) -> bool:
+    """Return whether `obj` may be written to, which is read as `held`."""
+    if held.library is None:
+        writeable: bool = held.source.flags.writeable
+        return writeable
+    # A tensor that requires a gradient shows its memory only without it.
+    is_tensor = (torch := sys.modules.get("torch")) and isinstance(obj, torch.Tensor)
+    return held.library.is_writable(obj.detach() if is_tensor else obj)
 
 
 def _as_it_lies(tensor: Any) -> Any:

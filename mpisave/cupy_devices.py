@@ -24,11 +24,25 @@ _log = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 
 
+class _Streams(dict[int, Any]):
+    """The streams of one thread, by device: another has them when it has ended.
+
+    CuPy keeps memory for each stream. What it has for one that is gone, nobody gets.
+    """
+
+    def __init__(self, idle: dict[int, list[Any]]) -> None:
+        self._idle = idle
+
+    def __del__(self) -> None:
+        for number, stream in self.items():
+            self._idle.setdefault(number, []).append(stream)
+
+
 class _Queues(threading.local):
     """The streams of one thread, by device; those with copies behind the last fence."""
 
-    def __init__(self) -> None:
-        self.streams: dict[int, Any] = {}
+    def __init__(self, idle: dict[int, list[Any]]) -> None:
+        self.streams = _Streams(idle)
         self.dirty: set[int] = set()
         self.kept: list[Any] = []  # what these copies are from and to
         # To make an event takes longer than to queue a copy, and keeps others waiting.
@@ -49,7 +63,8 @@ class _CuPy:
             ) from exc
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
-        self._queues = _Queues()
+        self._idle: dict[int, list[Any]] = {}
+        self._queues = _Queues(self._idle)
 
     def adopt(self, obj: Any) -> Any:
         cupy = self._cupy
@@ -198,16 +213,21 @@ class _CuPy:
 
     def _stream_of(self, number: int) -> Any:
         """Return this thread's stream on a device, to which a copy is about to go."""
+        stream = self.stream(number)
         self._queues.dirty.add(number)
-        return self.stream(number)
+        return stream
 
     def stream(self, number: int) -> Any:
         """Return this thread's stream on a device."""
         queues = self._queues
         stream = queues.streams.get(number)
         if stream is None:
-            with self._device(number):
-                stream = self._cupy.cuda.Stream(non_blocking=True)
+            idle = self._idle.setdefault(number, [])
+            try:
+                stream = idle.pop()
+            except IndexError:
+                with self._device(number):
+                    stream = self._cupy.cuda.Stream(non_blocking=True)
             queues.streams[number] = stream
         return stream
 

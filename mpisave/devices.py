@@ -187,6 +187,14 @@ def host_memory(
     return library.pinned(max(nbytes, most or 0))[:nbytes]
 
 
+def pinnable(nbytes: int) -> int:
+    """Return how much memory, at most `nbytes`, is pinned as it is asked for.
+
+    CuPy's pool gives the next power of two.
+    """
+    return 1 << max(nbytes, 1).bit_length() - 1
+
+
 def fence(library: DeviceLibrary | None) -> Callable[[], None]:
     """Return what waits for the copies that this thread has queued so far."""
     return nothing if library is None else library.fence()

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisave.checksum import BLOCK_NBYTES
+from mpisave.devices import pinnable
 from mpisave.shards import run_elements, run_starts
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def buffers(
     if has_device:
         many = max(many + min(1, roots - 1), 2 * roots + 1)  # that of a sender alone
     share = max(1, (cap - scratch) // many)
-    return Buffers(min(share, ROUND_NBYTES, MAX_COUNT), scratch)
+    largest = min(share, ROUND_NBYTES, MAX_COUNT)
+    return Buffers(pinnable(largest) if has_device else largest, scratch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

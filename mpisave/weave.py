@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpisave.devices import pinnable
 from mpisave.shards import boxes_of_range
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ def budget(max_nbytes: int, *, has_device: bool = False) -> Budget:
     """
     copies = 3 if has_device else 2
     chunk = max(1, min(CHUNK_NBYTES, max_nbytes // (copies + 2)))
+    if has_device:
+        chunk = pinnable(chunk)
     sent = min(_MOST_SENT_NBYTES, max_nbytes - copies * chunk)
+    if has_device:
+        sent = pinnable(sent)
     return Budget(chunk, max(chunk, sent))
 
 

@@ -134,7 +134,8 @@ class FakeDeviceLibrary:
 
     def pinned(self, nbytes):
         assert threading.get_ident() in self._threads
-        self.pinned_nbytes.append(nbytes)
+        # As CuPy's pool takes it: the next power of two.
+        self.pinned_nbytes.append(1 << max(0, nbytes - 1).bit_length())
         return self.alive(np.full(nbytes, 0xA5, np.uint8))
 
     def buffer(self, nbytes, like):

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpisave.arrays import in_new_thread, library_of
 from mpisave.checksum import BLOCK_NBYTES, BlockSums
-from mpisave.devices import fenced, host_memory
+from mpisave.devices import fenced, host_memory, pinnable
 from mpisave.errors import naming
 from mpisave.threads import in_threads
 
@@ -77,7 +77,7 @@ class Direct:
         share = max_nbytes // self._threads
         self._scratch_nbytes = max(1, min(_PACKED_NBYTES, share))
         # The device packs a piece on the way, if it does not lie together.
-        part = share if self._library is None else share // 2
+        part = share if self._library is None else pinnable(share // 2)
         self._packed_nbytes = max(1, min(_PACKED_NBYTES, part))
 
     def move(self, moved: Moved, rank: int) -> None:

@@ -79,6 +79,28 @@ def jax():
     return jax
 
 
+@pytest.fixture
+def cuda():
+    """Return Numba's CUDA."""
+    cuda = imported("numba.cuda")
+    if not cuda.is_available():
+        pytest.skip("Numba finds no device")
+    return cuda
+
+
+@pytest.fixture
+def in_order_of_streams(cupy):
+    """Have CuPy take its memory from the driver, in the order of streams."""
+    attribute = cupy.cuda.runtime.cudaDevAttrMemoryPoolsSupported
+    if not cupy.cuda.runtime.deviceGetAttribute(attribute, cupy.cuda.Device().id):
+        pytest.skip("the device has no such pools")
+    pool = cupy.cuda.MemoryAsyncPool()
+    cupy.cuda.set_allocator(pool.malloc)
+    yield pool
+    cupy.cuda.Device().synchronize()
+    cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+
+
 WAYS = [
     pytest.param({}, id="direct"),
     pytest.param({"gather_to": 0}, id="gather"),
@@ -152,6 +174,78 @@ def test_managed_memory_is_saved_and_filled(comm, shared_dir, cupy, how):
     assert_holds(comm, shared_dir / "x.opt", every)
     found = cupy.asnumpy(blank)
     on_each(comm, lambda: assert_equal_states(found, host))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_pool_that_goes_by_streams_is_saved_from_and_loaded_to(
+    comm, shared_dir, devices, in_order_of_streams, how
+):
+    def every(rank):
+        return {
+            f"long{rank}": noise((40, 100_000), "f4", rank),
+            f"apart{rank}": noise((3000, 90), "f8", rank)[::2, 1::3],
+            f"short{rank}": noise(7, "i2", rank),
+        }
+
+    def check(found):
+        on_host = {key: devices.to_host(array) for key, array in found.items()}
+        on_each(comm, lambda: assert_equal_states(on_host, every(comm.rank)))
+
+    path = shared_dir / "x.opt"
+    state = {key: devices.to_device(host) for key, host in every(comm.rank).items()}
+
+    save(comm, path, state, **how)
+    keys = [(key,) for key in state]
+    new = mpisave.load(path, device="cuda", like=state, keys=keys, comm=comm)
+    for array in state.values():
+        array.fill(0)
+    mpisave.load(path, like=state, into="inplace", keys=keys, comm=comm)
+
+    assert in_order_of_streams.used_bytes() > 0
+    assert_holds(comm, path, every)
+    check(new)
+    check(state)
+
+
+class TestNumba:
+    DTYPES = ["f4", "f8", "i4", "u1", "c8"]
+
+    def arrays(self, cuda, rank):
+        """Return device arrays, and what they hold."""
+        held, expected = {}, {}
+        for name in self.DTYPES:
+            whole = noise((30, 40), name, rank)
+            managed = cuda.managed_array(whole.shape, whole.dtype)
+            managed[...] = whole
+            for layout, array, host in (
+                ("whole", cuda.to_device(whole), whole),
+                ("managed", managed, whole),
+                ("part", cuda.to_device(whole)[3:20, 1::2], whole[3:20, 1::2]),
+            ):
+                held[f"{name} {layout} {rank}"] = array
+                expected[f"{name} {layout} {rank}"] = host
+        return held, expected
+
+    @pytest.mark.parametrize("how", WAYS)
+    def test_arrays_are_saved_and_filled(self, comm, shared_dir, devices, cuda, how):
+        path = shared_dir / "x.opt"
+        held, expected = self.arrays(cuda, comm.rank)
+        blank, _ = self.arrays(cuda, comm.rank + 100)
+        blank = dict(zip(held, blank.values(), strict=True))
+
+        save(comm, path, held, **how)
+        keys = [(key,) for key in held]
+        found = mpisave.load(path, like=blank, into="inplace", keys=keys, comm=comm)
+
+        assert_holds(comm, path, lambda rank: self.arrays(cuda, rank)[1])
+
+        def check():
+            for key, array in blank.items():
+                assert found[key] is array
+                on_host = devices.cupy.asnumpy(devices.cupy.asarray(array))
+                assert_equal_states(on_host, expected[key])
+
+        on_each(comm, check)
 
 
 class TestChecksums:
@@ -474,6 +568,31 @@ class TestMemory:
         assert_on_all_ranks(comm, extra <= 128 * MIB, f"host {extra}")
         for key, array in expected.items():
             assert_on_all_ranks(comm, bool((loaded[key] == array).all()), key)
+
+    def test_loads_into_strided_arrays_use_the_same_memory_again(
+        self, comm, shared_dir, cupy, pool
+    ):
+        whole = cupy.arange(64 * MIB // comm.size // 2, dtype=cupy.int32)
+        apart = whole.reshape(-1, 8)[:, ::2]
+        state = {f"x{comm.rank}": apart}
+        save(comm, shared_dir / "x.opt", state, durable=False)
+        before = pool.total_bytes()
+
+        for _ in range(12):
+            apart[...] = 0
+            mpisave.load(
+                shared_dir / "x.opt",
+                like=state,
+                into="inplace",
+                keys=[(key,) for key in state],
+                comm=comm,
+            )
+
+        taken = pool.total_bytes() - before
+        print(f"{taken / MIB:.1f} MiB of the pool")
+        assert_on_all_ranks(comm, taken <= 13 * 4 * MIB, f"{taken} bytes of the pool")
+        right = cupy.arange(apart.size * 2, dtype=cupy.int32).reshape(-1, 8)[:, ::2]
+        assert_on_all_ranks(comm, bool((apart == right).all()), "what was saved")
 
     def test_device_that_is_full_on_one_rank_is_raised_on_all(
         self, comm, shared_dir, cupy, pool

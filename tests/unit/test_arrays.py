@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mpisave.arrays import (
+    HeldArray,
     dtype_from_name,
     dtype_name,
     held_array,
     is_ml_dtype,
+    is_writable,
     savable,
     stored_dtype,
 )
@@ -252,6 +254,27 @@ def test_tensor_whose_memory_holds_other_values_is_refused(
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
 )
+def test_tensor_that_requires_a_gradient_may_be_written_to():
+    torch = importlib.import_module("torch")
+
+    class Cuda(torch.Tensor):
+        """On the host, with the interface that PyTorch has for the device."""
+
+        is_cuda = True
+
+    class Library:
+        def is_writable(self, obj):
+            return not obj.__cuda_array_interface__["data"][1]
+
+    tensor = torch.zeros(3).as_subclass(Cuda).requires_grad_(True)
+    held = HeldArray(None, np.dtype("f4"), (3,), Library())
+
+    assert is_writable(tensor, held)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
 def test_tensors_of_torch_are_what_they_say():
     torch = importlib.import_module("torch")
     values = torch.tensor([1 + 2j, 3 - 4j])
@@ -401,6 +424,33 @@ class TestDevice:
         assert max(map(len, found)) <= max(1, min(16, scratch // 2))
         if where == "device":
             assert sum(library.pinned_nbytes) <= scratch
+
+    def test_copies_of_a_block_that_fails_are_waited_for(self, library):
+        host = np.arange(60, dtype=np.int32).reshape(6, 10)[:, ::3]
+        held = held_array(FakeDeviceArray(host))
+        copies, read_box = [], library.read_box
+
+        def fail_later(*args):
+            copies.append(args)
+            if len(copies) == 3:
+                raise RuntimeError("the device is lost")
+            read_box(*args)
+
+        library.read_box = fail_later
+        with pytest.raises(RuntimeError, match="lost"):
+            list(held.blocks(3, 90, 64, 1000))
+
+        assert len(copies) == 3
+        assert not any(library._queues.values())
+
+    def test_array_of_numpy_that_a_device_writes_to_is_a_device_array(self, library):
+        class Managed(np.ndarray):  # as Numba has them
+            _host = property(np.asarray)
+            __cuda_array_interface__ = property(lambda self: self.__array_interface__)
+
+        made = np.arange(6.0).view(Managed)
+
+        assert held_array(made).library is library
 
     @pytest.mark.parametrize("layout", ["C", "F", "strided"])
     def test_every_byte_range_is_staged(self, library, layout):

@@ -476,6 +476,7 @@ def test_buffers_of_devices_keep_within_the_cap(cap, roots, by_device):
 
     # Beside what travels, one round is packed, by whoever packs.
     n, as_root = found.round_nbytes, 4 if by_device else 2
+    assert n.bit_count() == 1, "CuPy pins a power of two"
     is_sender_too = roots > 1
     of_root = (as_root + 2 * (roots - 1) + is_sender_too) * n + found.scratch_nbytes
     assert max(of_root, (2 * roots + 1) * n) <= cap

@@ -249,6 +249,7 @@ class TestBudget:
         copies = 3 if has_device else 2  # one more on the way, on the device
         assert copies * found.chunk_nbytes + found.sent_nbytes <= cap
         assert 1 <= found.chunk_nbytes <= CHUNK_NBYTES
+        assert not has_device or found.sent_nbytes.bit_count() == 1
         # At least one chunk can be sent in a round.
         assert found.sent_nbytes >= found.chunk_nbytes
 
