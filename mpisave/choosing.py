@@ -10,7 +10,7 @@ import logging
 import socket
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mpisave.comms import Comm
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -130,19 +132,24 @@ def choose(
     if not holders:
         return Choice("host", "no rank holds device arrays")
     key = f"{STEP}: {wanted}, {sorted(roots)}"
-    tried, choice = own.kept.get(key, (frozenset(), None))
-    if choice is None or not holders <= tried:
+    known: dict[frozenset[int], Choice] = own.kept.setdefault(key, {})
+    choice = _of_more(known, holders)
+    if choice is None:
         hosts = [host for host, _ in where]
         search = _Search(own, wanted, memory, hosts, holders, roots)
         choice = search.choice(holders, timeout_s)
-        own.kept[key] = holders, choice
+        known[holders] = choice
         if own.rank == 0:
             _log.info(
                 "device arrays of %d of %d ranks travel by %s memory: %s",
                 *(len(holders), own.size, choice.transport, choice.how),
             )
-    found: Choice = choice
-    return found
+    return choice
+
+
+def _of_more(known: dict[frozenset[int], T], holders: frozenset[int]) -> T | None:
+    """Return what was found when all these ranks, or more, held device arrays."""
+    return next((found for tried, found in known.items() if holders <= tried), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +186,11 @@ class _Search:
         """Ask and try, unless that was done; prove."""
         own = self._own
         key = f"{STEP}: {self._wanted}, trial"
-        tried, outcome = own.kept.get(key, (frozenset(), None))
-        if outcome is None or not holders <= tried:
+        known: dict[frozenset[int], _Outcome] = own.kept.setdefault(key, {})
+        outcome = _of_more(known, holders)
+        if outcome is None:
             outcome = self._ask_and_try(timeout_s)
-            own.kept[key] = holders, outcome
+            known[holders] = outcome
         self._found = [*outcome.found]
         if not outcome.works:
             return Choice("host", "; ".join(self._found))

@@ -463,10 +463,31 @@ def private_comm(
     keyval = _keyval()
     own = comm.Get_attr(keyval)
     if own is None:
-        own = _duplicate(comm, call, timeout_s)
-        comm.Set_attr(keyval, own)
+        with _first_use(comm):
+            own = comm.Get_attr(keyval)
+            if own is None:  # no other thread was first
+                own = _duplicate(comm, call, timeout_s)
+                comm.Set_attr(keyval, own)
     with own.watch.calling(call, timeout_s):
         yield own
+
+
+# Of each communicator that is being duplicated.
+_FIRST: dict[int, threading.Lock] = {}
+
+
+@contextmanager
+def _first_use(comm: Any) -> Iterator[None]:
+    """Keep other threads from the first use of a communicator meanwhile.
+
+    Not from that of others: which of several comes first may differ between ranks.
+    """
+    handle = comm.handle
+    with _FIRST.setdefault(handle, threading.Lock()):
+        try:
+            yield
+        finally:
+            _FIRST.pop(handle, None)
 
 
 def _duplicate(comm: Any, call: str, timeout_s: float | None) -> PrivateComm:

@@ -60,7 +60,8 @@ _TAG = 32766
 # How long a process that gave others up may take to end MPI, which waits for them too.
 _FINALIZE_S = 60
 
-# Requests that will never complete, and their buffers: MPI may still write to them.
+# What holds the buffers of requests that will never complete: MPI may still write to
+# them.
 _ABANDONED: list[Any] = []
 
 
@@ -284,6 +285,10 @@ class Watch:
         CollectiveError
             For any other Exception.
         """
+        if not isinstance(exc, Exception):
+            # An interrupt between the start of a message and the wait for it: the
+            # frames of its traceback hold the buffers.
+            _ABANDONED.append(exc)
         if self._over is None:
             failure = Failure(self.rank, self.host, type(exc).__name__, str(exc))
             self._over = f"{failure} left step {self.step!r} of {self._call}."

@@ -56,8 +56,8 @@ def in_threads(
             raise
 
     with ThreadPoolExecutor(threads, "mpisave worker") as pool:
-        workers = [pool.submit(work) for _ in range(threads)]
         try:
+            workers = [pool.submit(work) for _ in range(threads)]
             for worker in workers:
                 worker.result()
         finally:

@@ -251,6 +251,18 @@ def test_it_is_found_out_anew_when_other_ranks_hold_device_arrays(ranks):
 
 
 @pytest.mark.mpi(min_size=2)
+def test_ranks_that_hold_device_arrays_in_turn_try_once_each(ranks):
+    ranks.hosts = [f"node{rank}" for rank in range(ranks.comm.size)]
+
+    for _ in range(3):
+        for rank in (0, 1):
+            ranks.holders = {rank}
+            ranks.choose()
+
+    assert ranks.every(ranks.tried) == [1, 1, 0, 0][: ranks.comm.size]
+
+
+@pytest.mark.mpi(min_size=2)
 def test_another_communicator_is_asked_for_itself(ranks):
     ranks.choose()
     other = ranks.comm.Dup()

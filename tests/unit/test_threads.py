@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,6 +66,29 @@ def test_first_failure_is_raised_and_no_more_jobs_are_taken(error):
 
     assert len(done) < 100
     assert not [t for t in threading.enumerate() if "mpisave" in t.name]
+
+
+def test_interrupt_while_threads_are_started_ends_those_that_work(monkeypatch):
+    done, submit = [], ThreadPoolExecutor.submit
+
+    def interrupted(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        future = submit(self, *args)
+        while not done:
+            time.sleep(0.001)
+        return future
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+
+    def job():
+        done.append(1)
+        time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads([job] * 5000, 2)
+
+    assert len(done) < 1000
 
 
 def test_failure_while_a_job_is_made_is_raised():
