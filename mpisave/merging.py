@@ -150,6 +150,7 @@ def merge(descriptions: Sequence[Description]) -> Merged:
         groups.setdefault(description.structure, []).append(rank)
     table = _Table(descriptions)
     numbers = [table.add(ranks[0]) for ranks in groups.values()]
+    table.check_total()
     is_array = np.array([what[0] == "array" for what in table.what], bool)[table.which]
     entry_of = np.cumsum(is_array) - 1
     keys = list(itertools.compress(table.keys, is_array))
@@ -200,6 +201,19 @@ class _Table:
             numbers = self.which[is_array].tolist()
             self._shapes = {e: tuple(self.what[n][1][1]) for e, n in enumerate(numbers)}
         return self._shapes[entry]
+
+    def check_total(self) -> None:
+        """Refuse what no file can hold: a size of one is a number of 64 bits."""
+        many = np.bincount(self.which, minlength=len(self.what)).tolist()
+        total = sum(
+            count * math.prod(what[1][1]) * dtype_from_name(what[1][0]).itemsize
+            for count, what in zip(many, self.what, strict=True)
+            if what[0] == "array"
+        )
+        if total >= 2**63:
+            raise StateDictError(
+                f"the arrays have {total} bytes in all, and a file less than 2**63"
+            )
 
     def add(self, rank: int) -> npt.NDArray[np.int64]:
         """Add the keys of a rank; return the number of each."""
@@ -384,8 +398,11 @@ def _is_same_object(node: Described, other: Described) -> bool:
     """Return whether objects with different pickles are equal: sets, say."""
     if {node.kind, other.kind} != {"object"} or node.type_name != other.type_name:
         return False
-    # Pickles that ranks of this job just made from objects in their own memory.
-    return bool(pickle.loads(node.detail) == pickle.loads(other.detail))
+    try:
+        # Pickles that ranks of this job just made from objects in their own memory.
+        return bool(pickle.loads(node.detail) == pickle.loads(other.detail))
+    except Exception:  # noqa: BLE001 - of any class: one with arrays in it, say
+        return False
 
 
 def _show(node: Described, description: Description) -> str:
@@ -400,7 +417,10 @@ def _show(node: Described, description: Description) -> str:
         more = f" and {len(boxes) - 4} more" if len(boxes) > 4 else ""
         return f"{text}, {some}{more},"
     if node.kind == "object":
-        text = repr(pickle.loads(node.detail))
+        try:
+            text = repr(pickle.loads(node.detail))
+        except Exception as exc:  # noqa: BLE001 - of any class
+            text = f"an object that cannot be shown ({type(exc).__name__}: {exc})"
         return f"{text[:80] + '...' * (len(text) > 80)} ({node.type_name})"
     items = "" if node.detail is None else f" of {node.detail} items"
     return f"a {node.kind}{items}"

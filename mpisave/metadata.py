@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mpisave.arrays import HeldArray, dtype_name, held_array
 from mpisave.errors import Key, StateDictError, show_key
-from mpisave.shards import boxes_of, lies_within
+from mpisave.shards import boxes_of, is_countable, lies_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -115,6 +115,11 @@ def _describe_shards(
             raise StateDictError(
                 f"{show_key(key)}: an array of shape {array.shape} that starts at "
                 f"{start} does not lie within the global shape {shape}"
+            )
+        if not is_countable(shape, array.dtype.itemsize):
+            raise StateDictError(
+                f"{show_key(key)}: an array of the global shape {shape} would have "
+                f"2**63 bytes or more, or axes too long for any array to have"
             )
         held.append(array)
         boxes += [*start, *array.shape]

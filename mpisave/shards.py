@@ -78,6 +78,14 @@ def lies_within(shape: Point, start: Point, count: Point) -> bool:
     )
 
 
+def is_countable(shape: Point, itemsize: int) -> bool:
+    """Return whether NumPy has arrays of a shape, which counts their bytes in 64 bits.
+
+    Axes of no elements count as others do.
+    """
+    return math.prod(max(n, 1) for n in shape) * itemsize < 2**63
+
+
 def show_box(start: Sequence[int], count: Sequence[int]) -> str:
     """Return a box as NumPy would index it: ``[0:2, 4:8]``."""
     sides = zip(start, count, strict=True)

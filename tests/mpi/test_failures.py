@@ -204,6 +204,37 @@ def test_key_that_differs_between_ranks_is_refused_with_both_values(
     assert_nothing_lost(comm, old)
 
 
+class Odd:
+    """An object that can neither be compared nor shown."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        raise ValueError("ambiguous")
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_object_that_cannot_be_compared_is_refused_by_key(comm, old):
+    last = comm.size - 1
+    state = {"cfg": Odd(comm.rank == last)}
+
+    caught = assert_refused(
+        comm,
+        mpisave.StateDictError,
+        lambda: save(comm, old, state, state_type="opt"),
+        "'cfg' differs between ranks: an object that cannot be shown (RuntimeError: no",
+    )
+
+    assert f"test_failures.Odd) on rank {last}" in str(caught)
+    assert_nothing_lost(comm, old)
+
+
 def test_object_that_hdf5_cannot_hold_is_refused_by_key_and_type(comm, old):
     state = {"fine": np.zeros(2), "sched": {"odd": {1, 2}}}
 

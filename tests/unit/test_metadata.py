@@ -448,6 +448,34 @@ class TestShards:
         for numbers in (shape, start, global_shape):
             assert str(numbers) in str(caught.value)
 
+    @pytest.mark.parametrize(
+        "shape",
+        [(2**70,), (2**70, 0), (2**62, 2**62, 0), (2**60,), (2**31, 2**31, 0, 2)],
+        ids=str,
+    )
+    def test_shape_that_no_array_has_is_refused_by_key(self, shape):
+        n = 0 if 0 in shape else 1
+        shard = Shard(np.zeros((n,) * len(shape)), shape, (0,) * len(shape))
+
+        with pytest.raises(StateDictError, match=r"'x': an array of the global shape"):
+            description({"x": shard})
+
+    def test_largest_shape_is_one_of_an_array(self):
+        for shape in [(2**60 - 1,), (2**60 - 1, 0), (0, 2**59)]:
+            array = np.zeros((0,) * len(shape))
+            described = description({"x": Shard(array, shape, (0,) * len(shape))})
+
+            assert ("array", ("<f8", shape), "") in described.what
+
+    def test_more_bytes_in_all_than_a_file_has_are_refused(self):
+        long = np.broadcast_to(np.zeros(1), (2**58,))
+        few = description({f"x{n}": long for n in range(3)})
+        many = description({f"x{n}": long for n in range(5)})
+
+        merge([few, few])
+        with pytest.raises(StateDictError, match=f"have {5 * 2**61} bytes in all"):
+            merge([few, many])
+
     @pytest.mark.parametrize("value", [5, None, [np.zeros(2)], "ab"], ids=repr)
     def test_shard_of_no_array_is_refused_by_key_and_type(self, value):
         with pytest.raises(StateDictError, match=r"'x' is a shard of type") as caught:
