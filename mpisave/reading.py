@@ -95,7 +95,8 @@ def read(source: Source, wants: Sequence[Want], *, verify: bool, threads: int) -
     run = _Run(source, Staging(most), checks, windows * _WINDOW_NBYTES, verify=verify)
     try:
         in_threads(_jobs(run, mine), threads, in_new_thread(held))
-        in_threads(_jobs(run, tied), 1)
+        for want in sorted(tied, key=lambda want: want.stored.extent.offset):
+            in_threads(_jobs(run, [want]), 1)
     finally:
         run.staging.finish()
     checks.check()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import library_of
+from mpisave.arrays import alone, library_of
 from mpisave.blocks import check_blocks
 from mpisave.checksum import BLOCK_NBYTES
 from mpisave.collective import exchange, on_all_ranks, together
@@ -90,7 +90,13 @@ def read_regrouped(
     FileFormatError, StorageError
         On every rank, if bytes are missing or altered, or cannot be read.
     """
-    short = {place: want for place, want in enumerate(wants) if _is_short(want)}
+    # Arrays that share memory are read in the order of the file, by each rank.
+    lonely = set(map(id, alone(want.held for want in wants)))
+    short = {
+        place: want
+        for place, want in enumerate(wants)
+        if id(want.held) in lonely and _is_short(want)
+    }
     mine = [
         (want.stored.key, place, want.start, want.held.shape)
         for place, want in short.items()

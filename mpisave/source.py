@@ -7,7 +7,7 @@ import stat
 import threading
 from typing import Any, BinaryIO
 
-from mpisave.errors import StorageError
+from mpisave.errors import ArgumentError, StorageError
 
 
 def _open_without_waiting(name: str, flags: int) -> int:
@@ -38,6 +38,10 @@ class Source:
                 )
             # Lustre gives up reads of such a file where another node has it locked.
             os.set_blocking(self._file.fileno(), True)
+        elif not hasattr(file, "seek"):
+            raise ArgumentError(
+                f"path is {file!r:.80}: it is a path, or a seekable binary file object"
+            )
         else:
             self.name = f"<{type(file).__name__}>"
             self._file = file

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import HeldArray, held_array
+from mpisave.arrays import HeldArray, held_array, is_writable
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -165,10 +165,14 @@ class All(_Wants):
             for key, found in inside.items()
             if found
         }
+        kinds = {node.key: node.kind for node in plain}
         self._state = self.subtree(
-            Node(node.key, "leaf", values[node.key]) if node.key in apart else node
+            Node(node.key, "leaf", values.get(node.key)) if node.key in apart else node
             for node in plain
-            if node.key not in apart or node.key in values  # it may have given none
+            # This rank may have given none; the items of a list keep their places.
+            if node.key not in apart
+            or node.key in values
+            or kinds.get(node.key[:-1]) in ("list", "tuple")
         )
 
     def state(self) -> Any:
@@ -275,7 +279,7 @@ class Match(_Wants):
         if (
             held is None
             or (held.dtype, held.shape) != (stored.dtype, stored.shape)
-            or not _is_writable(value, held)
+            or not is_writable(value, held)
         ):
             return super().whole(stored)
         return self._array(stored.key, value, held, (0,) * len(held.shape), stored)
@@ -370,7 +374,7 @@ class Match(_Wants):
             )
         if not self._in_place:
             return self.fresh(stored, start, shape, Place(held.library, held.source))
-        if not _is_writable(value, held):
+        if not is_writable(value, held):
             raise StateDictError(
                 f"{show_key(key)} cannot be filled in place: the array is read-only"
             )
@@ -384,13 +388,6 @@ def _held(node: Node) -> HeldArray | None:
         return held_array(node.value)
     except Exception as exc:  # of any library whose arrays these are
         raise StateDictError(f"{show_key(node.key)}: {exc}") from exc
-
-
-def _is_writable(value: Any, held: HeldArray) -> bool:
-    if held.library is not None:
-        return held.library.is_writable(value)
-    writeable: bool = held.source.flags.writeable
-    return writeable
 
 
 def _at(state: Any, key: Key) -> Any:

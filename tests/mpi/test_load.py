@@ -482,6 +482,32 @@ class TestPerRank:
             lambda: assert_equal_states(self.plain(found), self.expected(comm.rank)),
         )
 
+    @pytest.mark.mpi(min_size=2)
+    @pytest.mark.parametrize(
+        ("held", "others_have"),
+        [
+            ([PerRank("a"), (1, 2), 7], [None, (1, 2), 7]),
+            ((PerRank(1), (5,), [6]), (None, (5,), [6])),
+            ([[PerRank({"x": 1})], 5, ((6,),)], [[None], 5, ((6,),)]),
+            ({"p": PerRank(1), "q": (2,)}, {"q": (2,)}),
+        ],
+        ids=str,
+    )
+    def test_items_of_a_list_keep_their_places_on_ranks_that_gave_no_value(
+        self, comm, shared_dir, use_binary_format, held, others_have
+    ):
+        state = {"x": held} if comm.rank == 1 else {}
+        mpisave.save(
+            state, shared_dir / "x", use_binary_format=use_binary_format, comm=comm
+        )
+
+        found = mpisave.load(shared_dir / "x", comm=comm)["x"]
+
+        if comm.rank == 1:
+            on_each(comm, lambda: assert_equal_states(str(found), str(held)))
+        else:
+            on_each(comm, lambda: assert_equal_states(found, others_have))
+
     def test_alone_it_is_a_dict_by_rank(self, comm, saved):
         found = mpisave.load(saved)
 
@@ -1040,6 +1066,25 @@ class TestShared:
         assert_on_all_ranks(comm, shared == [[("c",)]], shared)
         on_each(comm, lambda: np.testing.assert_array_equal(like["c"], state["c"]))
         on_each(comm, lambda: np.testing.assert_array_equal(like["b"], state["b"]))
+
+    @pytest.mark.mpi(min_size=2)
+    def test_short_runs_of_memory_that_is_shared_come_in_the_order_of_the_file(
+        self, comm, shared_dir, monkeypatch
+    ):
+        state = {"a": np.full((200, 200), 1.0), "b": np.full((200, 200), 2.0)}
+        path = put(comm, shared_dir / "x", state, use_binary_format=False)
+        memory = np.zeros((200, 200))
+        column = Shard(memory[:, :3], (200, 200), (0, 0))
+        apart = np.zeros((200, 9))  # of its own: put together by all ranks
+        like = {"a": memory, "b": Shards(column, Shard(apart, (200, 200), (0, 9)))}
+
+        mpisave.load(path, like=like, into="inplace", comm=comm)
+
+        def check():
+            assert memory[0].tolist() == 3 * [2.0] + 197 * [1.0]
+            assert (apart == 2).all()
+
+        on_each(comm, check)
 
     @pytest.mark.mpi(min_size=2)
     def test_only_what_all_ranks_want_whole_is_shared(self, comm, whole, monkeypatch):

@@ -319,3 +319,20 @@ def test_arrays_that_share_memory_are_checked_one_after_the_other(
 
         np.testing.assert_array_equal(memory, state["x5"])
         np.testing.assert_array_equal(like["x2"], state["x2"])
+
+
+def test_short_array_in_the_memory_of_a_long_one_comes_in_the_order_of_the_file():
+    state = {"a": np.full(10, 1.0), "b": np.full(100_000, 2.0), "c": np.full(5, 3.0)}
+    memory = np.zeros(100_000)
+    like = {"a": memory[:10], "b": memory, "c": memory[7:12]}
+
+    mpisave.load(io.BytesIO(saved(state, False)), like=like, into="inplace")
+
+    assert memory[:14].tolist() == 7 * [2.0] + 5 * [3.0] + 2 * [2.0]
+
+
+@pytest.mark.parametrize("path", [3, None, ["x"]], ids=repr)
+@pytest.mark.parametrize("call", [mpisave.load, mpisave.verify])
+def test_path_that_is_none_is_refused(call, path):
+    with pytest.raises(mpisave.ArgumentError, match="it is a path, or a seekable"):
+        call(path)
