@@ -286,9 +286,9 @@ class Watch:
             For any other Exception.
         """
         if not isinstance(exc, Exception):
-            # An interrupt between the start of a message and the wait for it: the
-            # frames of its traceback hold the buffers.
-            _ABANDONED.append(exc)
+            # It may have come between the start of a message and the wait for it. The
+            # frames that it has left so far hold the buffers.
+            _ABANDONED.append(exc.__traceback__)
         if self._over is None:
             failure = Failure(self.rank, self.host, type(exc).__name__, str(exc))
             self._over = f"{failure} left step {self.step!r} of {self._call}."
