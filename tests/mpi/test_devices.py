@@ -165,6 +165,7 @@ def assert_saved(comm, path, expected, *, use_binary_format):
 
 
 class TestSave:
+    @pytest.mark.half
     @pytest.mark.parametrize(("use_binary_format", "cap", "place"), HOW)
     def test_bits_in_the_file_are_those_on_the_device(
         self, comm, shared_dir, devices, route, use_binary_format, cap, place
@@ -364,6 +365,7 @@ class TestSave:
 
         assert_nothing_lost(comm, old)
 
+    @pytest.mark.half
     @pytest.mark.parametrize("cap", ["64K", "3G"])
     def test_many_small_arrays_are_saved(self, comm, shared_dir, devices, route, cap):
         many = 400 if devices.library else 2000  # the stand-in takes its time
@@ -441,6 +443,7 @@ def columns_of(nbytes, rank, size):
 
 
 @only_fake
+@pytest.mark.half
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cap_nbytes", [2**20, 10 * 2**10])
 def test_memory_of_host_and_device_keeps_within_the_cap(
@@ -518,6 +521,7 @@ COPIES = ["read", "read_box", "fence", "wait"]
 
 
 @only_fake
+@pytest.mark.half
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), -1])
 @pytest.mark.parametrize(
     "name", ["settle", "pinned", "buffer", "copy", *COPIES], ids=str
