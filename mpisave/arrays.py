@@ -312,7 +312,8 @@ def _on_device(obj: Any, name: str) -> HeldArray:
 
 
 def _on_host(array: npt.NDArray[Any], name: str) -> HeldArray:
-    if isinstance(array, np.ma.MaskedArray):
+    # np.ma would import it, and a handler of signals may come while that is done.
+    if isinstance(array, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
         raise TypeError("a masked array cannot be saved: save its data and its mask")
     plain = array.view(np.ndarray)  # np.matrix would not index as arrays do
     return HeldArray(plain, savable(plain.dtype), plain.shape, name=name)

@@ -473,17 +473,18 @@ def private_comm(
 
 
 # Of each communicator that is being duplicated.
-_FIRST: dict[int, threading.Lock] = {}
+_FIRST: dict[int, threading.RLock] = {}
 
 
 @contextmanager
 def _first_use(comm: Any) -> Iterator[None]:
     """Keep other threads from the first use of a communicator meanwhile.
 
-    Not from that of others: which of several comes first may differ between ranks.
+    Not from that of others: which of several comes first may differ between ranks. A
+    handler of signals, in this thread, is not kept from it.
     """
     handle = comm.handle
-    with _FIRST.setdefault(handle, threading.Lock()):
+    with _FIRST.setdefault(handle, threading.RLock()):
         try:
             yield
         finally:

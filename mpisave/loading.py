@@ -37,7 +37,7 @@ from mpisave.placement import (
 )
 from mpisave.reading import mapped, naming_file, read
 from mpisave.regrouping import read_regrouped
-from mpisave.selection import is_asked, listed, select
+from mpisave.selection import Asked, select
 from mpisave.sharing import read_shared
 from mpisave.skeleton import is_altered, read_part
 from mpisave.tree import flatten
@@ -299,7 +299,7 @@ class _Load(Steps):
 
         def compare() -> tuple[bytes, bytes, list[Key]]:
             keys = self.options.keys
-            self._asked = None if keys is None else listed(keys)
+            self._asked = None if keys is None else Asked(keys)
             with naming_file(source.name):
                 if head[1] == index.FOREIGN:
                     content = index.decode_foreign(head[0], source.nbytes)
@@ -356,7 +356,7 @@ class _Load(Steps):
 
     def _asks(self, key: Key) -> bool:
         """Return whether a key is among those that `keys` asks for."""
-        return self._asked is None or is_asked(key, self._asked)
+        return self._asked is None or self._asked.has(key)
 
     def _judge(
         self, every: Sequence[tuple[bytes, bytes, list[Key]]], name: str

@@ -73,7 +73,7 @@ def where_this_runs() -> tuple[str, int, int]:
 
 def warn_caller(text: str) -> None:
     """Warn whoever called mpisave."""
-    here = os.path.dirname(__file__)  # noqa: PTH120
+    here = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120
     level, frame = 1, sys._getframe()  # noqa: SLF001 - until Python 3.12 is the oldest
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         level, frame = level + 1, frame.f_back

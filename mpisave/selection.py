@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from typing import TYPE_CHECKING
 
 from mpisave.errors import ArgumentError, show_key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mpisave.errors import Key
     from mpisave.formats.index import Index
     from mpisave.tree import Node
 
+_GLOB = re.compile(r"[*?[]")
 
-def select(index: Index, keys: object) -> tuple[Node, ...]:
+
+def select(index: Index, asked: Asked | None) -> tuple[Node, ...]:
     """Return the nodes of an index that are asked for, with what holds them.
 
     Parameters
     ----------
     index : Index
         What the file holds.
-    keys : str, tuple, iterable of them, or None
+    asked : Asked or None
         A str is a glob, for the parts of a key joined by ``/``; a tuple is one key. A
         container is taken with all that it holds. None: everything.
 
     Raises
     ------
     ArgumentError
-        If one of them is no key, matches nothing, or takes a part of a list.
+        If one of them matches nothing, or takes a part of a list.
     """
-    if keys is None:
+    if asked is None:
         return index.nodes
-    asked = listed(keys)
     every = [node.key for node in index.nodes if node.key]
-    taken: set[Key] = set()
-    for pattern in asked:
-        found = _matching(every, pattern)
-        if not found:
-            names = ["/".join(map(str, key)) for key in every]
-            close = difflib.get_close_matches(str(pattern), names, n=3)
-            hint = f": did you mean {', '.join(close)}?" if close else ""
-            raise ArgumentError(f"keys: nothing in the file matches {pattern!r}{hint}")
-        taken.update(found)
+    taken = asked.find(every)
     above = {key[:depth] for key in taken for depth in range(len(key))} | {()}
     below: set[Key] = set()
     nodes = []
@@ -64,33 +58,82 @@ def select(index: Index, keys: object) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def listed(keys: object) -> list[object]:
-    """Return each of the keys that are asked for.
+class Asked:
+    """The keys that are asked for.
+
+    Parameters
+    ----------
+    keys : str, tuple, or iterable of them
+        As `select` has them.
 
     Raises
     ------
     ArgumentError
         If there can be no such.
     """
-    if isinstance(keys, (str, tuple)):
-        return [keys]
+
+    def __init__(self, keys: object) -> None:
+        self._patterns = [keys] if isinstance(keys, (str, tuple)) else _listed(keys)
+        self._keys: set[Key] = set()
+        self._names: set[str] = set()
+        self._globs: dict[str, Callable[[str], object]] = {}
+        for pattern in self._patterns:
+            if isinstance(pattern, tuple):
+                try:
+                    self._keys.add(pattern)
+                except TypeError as exc:
+                    raise ArgumentError(f"keys: {pattern!r} is no key: {exc}") from exc
+            elif not isinstance(pattern, str):
+                raise ArgumentError(f"keys: {pattern!r} is neither a str nor a tuple")
+            elif _GLOB.search(pattern):
+                self._globs[pattern] = re.compile(fnmatch.translate(pattern)).match
+            else:
+                self._names.add(pattern)
+
+    def find(self, every: Sequence[Key]) -> set[Key]:
+        """Return those of `every` key that are asked for.
+
+        Raises
+        ------
+        ArgumentError
+            If a pattern matches none of them.
+        """
+        names = ["/".join(map(str, key)) for key in every]
+        taken = {key for key in every if key in self._keys}
+        found: set[object] = {*taken}
+        for key, name in zip(every, names, strict=True):
+            if name in self._names:
+                taken.add(key)
+                found.add(name)
+        for pattern, match in self._globs.items():
+            matching = [
+                key for key, name in zip(every, names, strict=True) if match(name)
+            ]
+            taken.update(matching)
+            if matching:
+                found.add(pattern)
+        for wanted in self._patterns:
+            if wanted not in found:
+                close = difflib.get_close_matches(str(wanted), names, n=3)
+                hint = f": did you mean {', '.join(close)}?" if close else ""
+                raise ArgumentError(
+                    f"keys: nothing in the file matches {wanted!r}{hint}"
+                )
+        return taken
+
+    def has(self, key: Key) -> bool:
+        """Return whether a key, or one of a container that it lies in, is asked for."""
+        for depth in range(1, len(key) + 1):
+            if key[:depth] in self._keys:
+                return True
+            name = "/".join(map(str, key[:depth]))
+            if name in self._names or any(m(name) for m in self._globs.values()):
+                return True
+        return False
+
+
+def _listed(keys: object) -> list[object]:
     try:
         return [*keys]  # type: ignore[misc]
     except TypeError as exc:
         raise ArgumentError(f"keys is {keys!r}: {exc}") from exc
-
-
-def is_asked(key: Key, asked: Sequence[object]) -> bool:
-    """Return whether a key, or one of a container that it lies in, is asked for."""
-    above = [key[:depth] for depth in range(1, len(key) + 1)]
-    return any(_matching(above, pattern) for pattern in asked)
-
-
-def _matching(every: Sequence[Key], pattern: object) -> list[Key]:
-    if isinstance(pattern, tuple):
-        return [key for key in every if key == pattern]
-    if not isinstance(pattern, str):
-        raise ArgumentError(f"keys: {pattern!r} is neither a str nor a tuple")
-    return [
-        key for key in every if fnmatch.fnmatchcase("/".join(map(str, key)), pattern)
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import threading
@@ -13,6 +14,10 @@ from mpisave.errors import ArgumentError, StorageError
 def _open_without_waiting(name: str, flags: int) -> int:
     # A pipe would be waited for until somebody writes to it.
     return os.open(name, flags | os.O_NONBLOCK)
+
+
+def _is_text(file: object) -> bool:
+    return isinstance(file, io.TextIOBase)
 
 
 class Source:
@@ -38,7 +43,7 @@ class Source:
                 )
             # Lustre gives up reads of such a file where another node has it locked.
             os.set_blocking(self._file.fileno(), True)
-        elif not hasattr(file, "seek"):
+        elif not hasattr(file, "seek") or _is_text(file):
             raise ArgumentError(
                 f"path is {file!r:.80}: it is a path, or a seekable binary file object"
             )

@@ -96,10 +96,13 @@ def register_state_type(name: str, handler: StateType) -> None:
     Raises
     ------
     ArgumentError
-        If the name is taken or is no identifier.
+        If the name is taken or is no identifier, or the handler has no `check`.
     """
-    if not name.isidentifier():
+    given: object = name
+    if not isinstance(given, str) or not given.isidentifier():
         raise ArgumentError(f"a state type is named by an identifier, not {name!r}")
+    if not callable(getattr(handler, "check", None)):
+        raise ArgumentError(f"the handler of {name!r} has no method check: {handler!r}")
     if name in _REGISTRY and _REGISTRY[name] is not handler:
         raise ArgumentError(f"state_type {name!r} is registered already")
     _REGISTRY[name] = handler

@@ -112,13 +112,17 @@ class StagedFile:
 
     def _check_final(self) -> int:
         """Refuse what no file can be renamed to; return the mode to create with."""
-        if self.name.endswith("/"):
+        folder, last = os.path.split(self.name)
+        if last in ("", ".", ".."):
             raise StorageError(f"cannot save to {self.name}: it names a directory")
         with naming_path("save to", self.name):
-            if not self._final.parent.is_dir():
+            # As it was given: "absent/../x" is nowhere.
+            asked = folder or os.curdir
+            parent = asked if not os.path.isdir(asked) else self._final.parent  # noqa: PTH112
+            if not os.path.isdir(parent):  # noqa: PTH112
                 raise StorageError(
                     f"cannot save to {self.name}: there is no directory "
-                    f"{self._final.parent}. Create it before saving, where all ranks "
+                    f"{parent}. Create it before saving, where all ranks "
                     f"that write see it."
                 )
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def in_threads(
         return [job() for job in jobs]
     numbered = enumerate(jobs)
     results: dict[int, T] = {}
+    failures: list[BaseException] = []
     lock, ended = threading.Lock(), threading.Event()
 
     def work() -> None:
@@ -51,15 +51,25 @@ def in_threads(
                     return
                 number, job = taken
                 results[number] = job()
-        except BaseException:
+        except BaseException as exc:  # noqa: BLE001 - raised by the caller's thread
+            failures.append(exc)
             ended.set()
-            raise
 
-    with ThreadPoolExecutor(threads, "mpisave worker") as pool:
-        try:
-            workers = [pool.submit(work) for _ in range(threads)]
-            for worker in workers:
-                worker.result()
-        finally:
-            ended.set()  # also where the caller is interrupted
+    # Executors share a lock, and so do threads that are no daemons: a signal handler
+    # that saves would wait for it in the thread that has it.
+    started: list[threading.Thread] = []
+    try:
+        for number in range(threads):
+            name = f"mpisave worker {number}"
+            worker = threading.Thread(target=work, name=name, daemon=True)
+            worker.start()
+            started.append(worker)
+        for worker in started:
+            worker.join()
+    finally:
+        ended.set()  # also where the caller is interrupted
+        for worker in started:
+            worker.join()
+    if failures:
+        raise failures[0]
     return [results[number] for number in range(len(results))]

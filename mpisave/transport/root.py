@@ -237,7 +237,9 @@ class _Writer:
         self._changed = threading.Condition()
         self._began = False
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="mpisave writer")
+        self._thread = threading.Thread(
+            target=self._run, name="mpisave writer", daemon=True
+        )
         self.busy_s = 0.0
         self.error: BaseException | None = None
         # Started here, where a failure is told to all, and idle until `start`.

@@ -331,7 +331,7 @@ def test_short_array_in_the_memory_of_a_long_one_comes_in_the_order_of_the_file(
     assert memory[:14].tolist() == 7 * [2.0] + 5 * [3.0] + 2 * [2.0]
 
 
-@pytest.mark.parametrize("path", [3, None, ["x"]], ids=repr)
+@pytest.mark.parametrize("path", [3, None, ["x"], io.StringIO("x")], ids=type)
 @pytest.mark.parametrize("call", [mpisave.load, mpisave.verify])
 def test_path_that_is_none_is_refused(call, path):
     with pytest.raises(mpisave.ArgumentError, match="it is a path, or a seekable"):

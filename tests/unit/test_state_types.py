@@ -113,7 +113,12 @@ def test_name_that_is_taken_is_refused_unless_by_the_same_handler(registry):
         register_state_type("params", state_types.Params())
 
 
-@pytest.mark.parametrize("name", ["", "a b", "1x", "a.b", "a/b"])
+def test_handler_that_cannot_check_is_refused(registry):
+    with pytest.raises(ArgumentError, match="'mine' has no method check"):
+        register_state_type("mine", object())
+
+
+@pytest.mark.parametrize("name", ["", "a b", "1x", "a.b", "a/b", 5])
 def test_name_that_is_no_identifier_is_refused(registry, name):
     with pytest.raises(ArgumentError, match="identifier"):
         register_state_type(name, state_types.Params())

@@ -244,6 +244,18 @@ def test_dangling_symbolic_link_is_filled(tmp_path):
     assert (tmp_path / "real").read_bytes() == b"0123456789"
 
 
+@pytest.mark.parametrize("path", ["a.opt/.", "a.opt/..", "absent/../z.opt", "absent/z"])
+def test_path_that_nobody_could_open_is_refused(tmp_path, path):
+    (tmp_path / "a.opt").write_bytes(b"old")
+
+    with pytest.raises(
+        StorageError, match=r"it names a directory|there is no directory"
+    ):
+        StagedFile(f"{tmp_path}/{path}")
+
+    assert files_in(tmp_path) == ["a.opt"]
+
+
 def test_directory_as_path_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
 

@@ -1,8 +1,9 @@
 """Jobs that several threads share."""
 
+import concurrent.futures.thread
+import contextlib
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -69,17 +70,16 @@ def test_first_failure_is_raised_and_no_more_jobs_are_taken(error):
 
 
 def test_interrupt_while_threads_are_started_ends_those_that_work(monkeypatch):
-    done, submit = [], ThreadPoolExecutor.submit
+    done, start = [], threading.Thread.start
 
-    def interrupted(self, *args):
+    def interrupted(self):
         if done:
             raise KeyboardInterrupt
-        future = submit(self, *args)
+        start(self)
         while not done:
             time.sleep(0.001)
-        return future
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
 
     def job():
         done.append(1)
@@ -89,6 +89,18 @@ def test_interrupt_while_threads_are_started_ends_those_that_work(monkeypatch):
         in_threads([job] * 5000, 2)
 
     assert len(done) < 1000
+
+
+def test_handler_of_signals_may_have_threads_work_while_others_are_started():
+    """It is called within whatever the thread does, holding the locks of Python."""
+    locks = [
+        concurrent.futures.thread._global_shutdown_lock,
+        getattr(threading, "_shutdown_locks_lock", None),  # until Python 3.12
+    ]
+    with contextlib.ExitStack() as held:
+        for lock in filter(None, locks):
+            held.enter_context(lock)
+        assert in_threads([lambda: 1] * 9, 3) == [1] * 9
 
 
 def test_failure_while_a_job_is_made_is_raised():

@@ -13,7 +13,7 @@ from fakes import FakeDeviceArray, put_in_place
 from helpers import assert_equal_states
 
 import mpisave
-from mpisave import PerRank, Shard, Shards
+from mpisave import PerRank, Shard, Shards, selection
 from mpisave.errors import (
     ArgumentError,
     FileFormatError,
@@ -21,9 +21,12 @@ from mpisave.errors import (
 )
 from mpisave.formats.index import Index, Opaque, Stored
 from mpisave.plan import Extent
-from mpisave.selection import select
 from mpisave.tree import Node
 from mpisave.wanted import All, Match, rank_of, saved_ranks
+
+
+def select(index, keys):
+    return selection.select(index, None if keys is None else selection.Asked(keys))
 
 
 def index_of(*states):
@@ -173,6 +176,10 @@ class TestSelect:
         found = select(index_of({"x": [{"a": 1, "b": 2}]}), "x/0/a")
 
         assert keys_of(found) == [(), ("x",), ("x", 0), ("x", 0, "a")]
+
+    def test_key_with_an_array_in_it_is_refused(self):
+        with pytest.raises(ArgumentError, match=r"keys: \(array\(.* is no key"):
+            select(index_of(STATE), [(np.arange(3),)])
 
     def test_keys_that_are_none_are_refused(self):
         with pytest.raises(ArgumentError, match="keys"):
