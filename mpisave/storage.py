@@ -116,15 +116,13 @@ class StagedFile:
         if last in ("", ".", ".."):
             raise StorageError(f"cannot save to {self.name}: it names a directory")
         with naming_path("save to", self.name):
-            # As it was given: "absent/../x" is nowhere.
-            asked = folder or os.curdir
-            parent = asked if not os.path.isdir(asked) else self._final.parent  # noqa: PTH112
-            if not os.path.isdir(parent):  # noqa: PTH112
-                raise StorageError(
-                    f"cannot save to {self.name}: there is no directory "
-                    f"{parent}. Create it before saving, where all ranks "
-                    f"that write see it."
-                )
+            # As it was given, too: "absent/../x" is nowhere.
+            for parent in (Path(folder), self._final.parent):
+                if not parent.is_dir():
+                    raise StorageError(
+                        f"cannot save to {self.name}: there is no directory {parent}. "
+                        f"Create it before saving, where all ranks that write see it."
+                    )
             try:
                 # The name is looked up: one that is too long is refused here.
                 found = self._final.stat()
