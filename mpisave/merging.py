@@ -150,7 +150,6 @@ def merge(descriptions: Sequence[Description]) -> Merged:
         groups.setdefault(description.structure, []).append(rank)
     table = _Table(descriptions)
     numbers = [table.add(ranks[0]) for ranks in groups.values()]
-    table.check_total()
     is_array = np.array([what[0] == "array" for what in table.what], bool)[table.which]
     entry_of = np.cumsum(is_array) - 1
     keys = list(itertools.compress(table.keys, is_array))
@@ -174,7 +173,13 @@ def merge(descriptions: Sequence[Description]) -> Merged:
         for entry, found in parts.items()
         if math.prod(table.shape(is_array, entry))
     }
-    return Merged(table.keys, table.what, table.which, holdings, sharded)
+    merged = Merged(table.keys, table.what, table.which, holdings, sharded)
+    total = merged.nbytes_of_entries().sum(dtype=np.float64)  # integers would wrap
+    if total >= 2**63:
+        raise StateDictError(
+            f"the arrays have {total:.4g} bytes in all, and a file less than 2**63"
+        )
+    return merged
 
 
 class _Table:
@@ -201,19 +206,6 @@ class _Table:
             numbers = self.which[is_array].tolist()
             self._shapes = {e: tuple(self.what[n][1][1]) for e, n in enumerate(numbers)}
         return self._shapes[entry]
-
-    def check_total(self) -> None:
-        """Refuse what no file can hold: a size of one is a number of 64 bits."""
-        many = np.bincount(self.which, minlength=len(self.what)).tolist()
-        total = sum(
-            count * math.prod(what[1][1]) * dtype_from_name(what[1][0]).itemsize
-            for count, what in zip(many, self.what, strict=True)
-            if what[0] == "array"
-        )
-        if total >= 2**63:
-            raise StateDictError(
-                f"the arrays have {total} bytes in all, and a file less than 2**63"
-            )
 
     def add(self, rank: int) -> npt.NDArray[np.int64]:
         """Add the keys of a rank; return the number of each."""

@@ -473,7 +473,7 @@ class TestShards:
         many = description({f"x{n}": long for n in range(5)})
 
         merge([few, few])
-        with pytest.raises(StateDictError, match=f"have {5 * 2**61} bytes in all"):
+        with pytest.raises(StateDictError, match=r"have 1\.153e\+19 bytes in all"):
             merge([few, many])
 
     @pytest.mark.parametrize("value", [5, None, [np.zeros(2)], "ab"], ids=repr)
