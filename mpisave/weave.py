@@ -46,12 +46,8 @@ def budget(max_nbytes: int, *, has_device: bool = False) -> Budget:
     """
     copies = 3 if has_device else 2
     chunk = max(1, min(CHUNK_NBYTES, max_nbytes // (copies + 2)))
-    if has_device:
-        chunk = pinnable(chunk)
     sent = min(_MOST_SENT_NBYTES, max_nbytes - copies * chunk)
-    if has_device:
-        sent = pinnable(sent)
-    return Budget(chunk, max(chunk, sent))
+    return Budget(chunk, max(chunk, pinnable(sent) if has_device else sent))
 
 
 @dataclass(frozen=True, slots=True)
