@@ -356,10 +356,15 @@ class TestTorch:
             comm, shared_dir / "x.opt", lambda rank: self.tensors(torch, rank)[1]
         )
 
-    def test_tensors_are_filled_in_place(self, comm, shared_dir, devices, torch):
+    @pytest.mark.parametrize("has_gradient", [False, True])
+    def test_tensors_are_filled_in_place(
+        self, comm, shared_dir, devices, torch, has_gradient
+    ):
         held, _ = self.tensors(torch, comm.rank)
         save(comm, shared_dir / "x.opt", held)
         blank = {key: torch.zeros_like(tensor) for key, tensor in held.items()}
+        for tensor in blank.values():
+            tensor.requires_grad_(has_gradient and tensor.is_floating_point())
 
         found = mpisave.load(
             shared_dir / "x.opt",

@@ -1069,7 +1069,7 @@ class TestShared:
 
     @pytest.mark.mpi(min_size=2)
     def test_short_runs_of_memory_that_is_shared_come_in_the_order_of_the_file(
-        self, comm, shared_dir, monkeypatch
+        self, comm, shared_dir
     ):
         state = {"a": np.full((200, 200), 1.0), "b": np.full((200, 200), 2.0)}
         path = put(comm, shared_dir / "x", state, use_binary_format=False)
