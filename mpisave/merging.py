@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mpisave.arrays import dtype_from_name
+from mpisave.dtypes import dtype_from_name
 from mpisave.errors import Key, StateDictError, show_key
 from mpisave.metadata import Described, Description, Kind, What
 from mpisave.shards import Points, gap, is_tiling, overlap, show_box

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mpisave.arrays import HeldArray, dtype_name, held_array
+from mpisave.arrays import HeldArray, held_array
+from mpisave.dtypes import dtype_name
 from mpisave.errors import Key, StateDictError, show_key
 from mpisave.shards import boxes_of, is_countable, lies_within
 

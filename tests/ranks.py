@@ -14,7 +14,7 @@ from helpers import assert_equal_states, assert_on_all_ranks, files_in
 
 import mpisave
 from mpisave import Shard, Shards
-from mpisave.arrays import stored_dtype
+from mpisave.dtypes import stored_dtype
 
 
 def assert_refused(comm, error, call, match, failures=None):

@@ -9,8 +9,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from mpisave.arrays import dtype_name
 from mpisave.checksum import BLOCK_NBYTES, combine
+from mpisave.dtypes import dtype_name
 from mpisave.formats.index import Opaque, Stored
 from mpisave.formats.objects import to_json
 

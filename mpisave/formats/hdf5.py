@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import is_ml_dtype, stored_dtype
+from mpisave.dtypes import is_ml_dtype, stored_dtype
 from mpisave.errors import StateDictError, show_key
 from mpisave.formats.base import ALIGNMENT, Layout, gaps
 from mpisave.formats.objects import stored_scalar, to_json

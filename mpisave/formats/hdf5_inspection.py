@@ -17,7 +17,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mpisave.arrays import dtype_name, savable
+from mpisave.dtypes import dtype_name, savable
 from mpisave.errors import FileFormatError
 from mpisave.tree import MAX_DEPTH
 

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpisave import garbage
-from mpisave.arrays import dtype_from_name, dtype_name, stored_dtype
 from mpisave.checksum import block_count, crc32c
+from mpisave.dtypes import dtype_from_name, dtype_name, stored_dtype
 from mpisave.errors import FileFormatError, Key, show_key
 from mpisave.formats.objects import from_json, to_json
 from mpisave.plan import Extent

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mpisave.arrays import dtype_from_name, dtype_name, is_ml_dtype, savable
+from mpisave.dtypes import (
+    dtype_from_name,
+    dtype_name,
+    is_ml_dtype,
+    savable,
+)
 
 # A value that JSON has is itself. Others are an object of one member, named so.
 Json = Any

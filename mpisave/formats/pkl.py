@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import stored_dtype
+from mpisave.dtypes import stored_dtype
 from mpisave.errors import FileFormatError, show_key
 from mpisave.formats.base import ALIGNMENT, Layout
 from mpisave.formats.index import Index, Opaque

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpisave.arrays import dtype_from_name, is_ml_dtype, savable
+from mpisave.dtypes import dtype_from_name, is_ml_dtype, savable
 from mpisave.errors import FileFormatError
 from mpisave.formats.opcodes import Payload
 

@@ -15,17 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mpisave.arrays import (
-    HeldArray,
+from mpisave.arrays import HeldArray, held_array, is_writable
+from mpisave.devices import fence
+from mpisave.dtypes import (
     dtype_from_name,
     dtype_name,
-    held_array,
     is_ml_dtype,
-    is_writable,
     savable,
     stored_dtype,
 )
-from mpisave.devices import fence
 
 ML_DTYPES = [
     np.dtype(getattr(ml_dtypes, name))

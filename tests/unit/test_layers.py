@@ -10,7 +10,7 @@ import mpisave
 PACKAGE = Path(mpisave.__file__).parent
 
 ROWS = (
-    ("errors", "cuda_trial", "watchdog", "garbage", "device_checksum"),
+    ("errors", "dtypes", "cuda_trial", "watchdog", "garbage", "device_checksum"),
     ("cupy_devices",),
     ("devices",),
     ("arrays", "checksum", "cuda_aware", "deadlines", "fileobject", "room", "staging"),
@@ -49,7 +49,7 @@ MAY_IMPORT = {
         *("deadlines", "comms", "placement", "transport"),
         *("sharing", "regrouping", "bench", "choosing", "cuda_trial"),
     },
-    "ml_dtypes": {"arrays"},
+    "ml_dtypes": {"dtypes"},
     "crc32c": {"checksum"},
 }
 PURE = (
